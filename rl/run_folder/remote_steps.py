@@ -24,13 +24,13 @@ from rl.files.stores import (
     open_store,
     short_name,
 )
-from rl.run_folder.contents import CHECKPOINTS, CONFIG, EVENTS, IDENTITY, METRICS, SAMPLES
+from rl.run_folder.contents import CHECKPOINTS, CONFIG, IDENTITY, METRICS, SAMPLES
 from rl.run_folder.ledger import read_ledger
 
 STEPS = f"{CHECKPOINTS}/"
 MARKER = "uploaded.json"
 _DIGEST = re.compile(r"[0-9a-f]{64}")
-FILES = (CONFIG, IDENTITY, METRICS, SAMPLES, EVENTS)
+FILES = (CONFIG, IDENTITY, METRICS, SAMPLES)
 
 
 class DamagedStepError(ValueError):
@@ -73,9 +73,8 @@ def local_source(path: str | os.PathLike, step: int | None = None, with_samples:
     return copy_of_run(store, cache_folder() / "runs", step, with_samples)
 
 
-def local_report(path: str | os.PathLike, metrics_only: bool = False) -> pathlib.Path:
-    """A local folder with what a report shows of a run: metrics.jsonl and, unless `metrics_only`, those of `FILES` that
-    are there. A URL's files are downloaded anew; a local path is returned unchanged.
+def local_metrics(path: str | os.PathLike) -> pathlib.Path:
+    """A local folder with metrics.jsonl of a run. A URL's file is downloaded anew; a local path is returned unchanged.
 
     Raises:
       ValueError: the URL has no metrics.jsonl.
@@ -83,15 +82,8 @@ def local_report(path: str | os.PathLike, metrics_only: bool = False) -> pathlib
     check_path(os.fspath(path), "a run", may_be_remote=True)
     if not is_remote(path):
         return pathlib.Path(path)
-    store = open_store(os.fspath(path))
     place = cache_folder() / "metrics" / short_name(os.fspath(path))
-    store.download(METRICS, place / METRICS)
-    there = () if metrics_only else store.stats()
-    for name in FILES:
-        if name in there:
-            store.download(name, place / name)
-        elif name != METRICS:
-            (place / name).unlink(missing_ok=True)  # of an earlier report
+    open_store(os.fspath(path)).download("metrics.jsonl", place / "metrics.jsonl")
     return place
 
 

@@ -143,6 +143,7 @@ def prefill_chunk(
 def read_on(
     policy: Policy,
     num_tokens: int,
+    length: int,
     params: Params,
     kept: CachePart,
     table: CachePart,
@@ -160,9 +161,11 @@ def read_on(
 
     Args:
       num_tokens: T, read at a time.
+      length: positions of the copies; the kept rows may have more, which are empty.
       table: the prompts that the rows read.
       rows: [shards, R], of `kept`, counted in the shard. requests: [shards, R], whose rows they are.
-      tokens_BS: [shards * R, S], the tokens of each by the position of the own cache at which they are fed.
+      tokens_BS: [shards * R, S], the tokens of each by the position of the own cache at which they are fed; S may be
+        more than `length`.
       cursors_B, ends_B: the positions that are there already, and those that are there in the end.
     """
     num_shards, num_rows, rows_per_prompt = requests.prefix_rows.shape
@@ -181,13 +184,14 @@ def read_on(
         return joined.reshape(shape)
 
     def own_row(name: str, array: jax.Array) -> jax.Array:
-        return pad_positions(name, take_in_shards(array, rows), added=num_tokens)  # for the padding of the last piece
+        taken = jax.lax.slice_in_dim(take_in_shards(array, rows), 0, length, axis=position_axis(name))
+        return pad_positions(name, taken, added=num_tokens)  # for the padding of the last piece
 
     prompts = map_arrays(table, own_prompt)
     shared = (share_evenly(prompts, num_shards * num_rows, num_shards),)
-    rope = rope_tables(policy.config, prompts.length + kept.length + num_tokens + 1)
+    rope = rope_tables(policy.config, prompts.length + length + num_tokens + 1)
     before_B, group_ids_B = (x.reshape(-1) for x in (requests.prompt_lengths - 1, requests.group_ids))
-    tokens_BS = jnp.pad(tokens_BS, ((0, 0), (0, num_tokens)))
+    tokens_BS = jnp.pad(tokens_BS[:, :length], ((0, 0), (0, num_tokens)))
 
     def unread(carry: tuple[CachePart, jax.Array]) -> jax.Array:
         return jnp.any(carry[1] < ends_B)
@@ -208,20 +212,28 @@ def read_on(
     part, _ = jax.lax.while_loop(unread, read, (map_arrays(kept, own_row), cursors_B))
 
     def without_padding(name: str, array: jax.Array) -> jax.Array:
-        return jax.lax.slice_in_dim(array, 0, kept.length, axis=position_axis(name))
+        return jax.lax.slice_in_dim(array, 0, length, axis=position_axis(name))
 
     return map_arrays(part, without_padding)
 
 
 def move_rows(part: CachePart, source: CachePart, taken: jax.Array, index: jax.Array) -> CachePart:
     """`part` (donated) with the rows `taken` [shards, R] of `source` at the rows `index` [shards, R], both counted in
-    the shard. Places past the end are dropped.
+    the shard. Places past the end are dropped. Of different lengths, the positions that both have are put.
     """
-    arrays = iter(named_arrays(source))
+    arrays, length = iter(named_arrays(source)), min(part.length, source.length)
 
     def put(name: str, array: jax.Array) -> jax.Array:
         _, of_source = next(arrays)
-        return put_rows(array, take_in_shards(of_source, taken), index[..., None], position_axis(name))
+        axis = position_axis(name)
+        rows = jax.lax.slice_in_dim(take_in_shards(of_source, taken), 0, length, axis=axis)
+        by_shard = array.reshape(index.shape[0], -1, *array.shape[1:])
+        new = rows.reshape(*index.shape, *rows.shape[1:])
+        which = (slice(None),) * (axis - 1) + (slice(0, length),)
+        moved = jax.vmap(lambda values, picked, row: values.at[(picked, *which)].set(row, mode="drop"))(
+            by_shard, index, new
+        )
+        return moved.reshape(array.shape)
 
     return map_arrays(part, put)
 
@@ -316,7 +328,7 @@ def generate(
         waiting = jnp.any(num_taken < num_requests)
         room = jnp.max(jnp.where(live_B, slots.cursors, -1)) < own.length
         if holds:
-            return (step < chunk) & (jnp.sum(slots.request_ids == HELD) < few) & (waiting | jnp.any(live_B))
+            return (step < chunk) & room & (jnp.sum(slots.request_ids == HELD) < few) & (waiting | jnp.any(live_B))
         return (step < chunk) & room & (waiting | (jnp.sum(live_B) > few))
 
     def hand_over(own: CachePart, slots: Slots, num_taken: jax.Array) -> tuple:

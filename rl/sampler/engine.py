@@ -55,7 +55,8 @@ class Shape:
     prefill_rows: rows that one prefill fills, each as long as the longest prompt.
     common_length: positions of the common prefix; 0: none.
     num_waiting: waiting requests of a shard.
-    num_kept: rows of own caches that are kept between turns; 0: completions have one turn.
+    num_kept, kept_length: rows of own caches that are kept between turns, and their positions; 0: completions have one
+      turn.
     """
 
     num_slots: int
@@ -68,6 +69,7 @@ class Shape:
     common_length: int
     num_waiting: int
     num_kept: int = 0
+    kept_length: int = 0
 
     @property
     def prefill_length(self) -> int:
@@ -77,7 +79,7 @@ class Shape:
     @property
     def counted_length(self) -> int:
         """The most tokens before the first one that a request draws, for penalties."""
-        return self.common_length + self.prefill_length + 1 + (self.length if self.num_kept else 0)
+        return self.common_length + self.prefill_length + 1 + self.kept_length
 
     def resized(self, num_slots: int, length: int, num_shards: int) -> "Shape":
         """The shape with fewer slots, or a longer own cache. A table row has no more readers than a shard has slots."""
@@ -94,8 +96,8 @@ WHOLE_PRODUCTS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 2**40}
 class DecodeState:
     """The arrays that decoding changes, and the prompts that it reads (no table before the first `insert`).
 
-    It is passed on and never copied. After a call the old state must not be used. `kept` has rows like those of the own
-    cache, for requests between two turns.
+    It is passed on and never copied. After a call the old state must not be used. `kept` has rows like those that the
+    own cache has in the end, for requests between two turns.
     """
 
     shape: Shape
@@ -196,7 +198,7 @@ class Engine:
         """A state with idle slots and no prompts."""
         slots = self.programs.get(*self._slots_build(shape, sampling))(hosts.put_key(key, self._everywhere))
         own = self._empty(shape.num_slots, shape.length)
-        kept = self._empty(shape.num_kept, shape.length) if shape.num_kept else None
+        kept = self._empty(shape.num_kept, shape.kept_length) if shape.num_kept else None
         self._count_bytes(own, common, kept)
         return DecodeState(shape, sampling.compiled, own, slots, None, common, kept)
 
@@ -225,12 +227,11 @@ class Engine:
     def keep(self, state: DecodeState, slots: np.ndarray, rows: np.ndarray) -> DecodeState:
         """Copies the own caches of the slots `slots` to the kept rows `rows`."""
         assert state.kept is not None
-        program = self.programs.get(*self._move_build(state.kept, state.own, slots.shape[1]))
         self._count_bytes(state.own, state.table, state.kept)
-        state.kept = program(state.kept, state.own, *hosts.put((slots, rows), self._rows))
+        state.kept = self._move(state.kept, state.own, slots, rows)
         return state
 
-    def go_on(
+    def read(
         self,
         params: Params,
         state: DecodeState,
@@ -239,53 +240,87 @@ class Engine:
         tokens: np.ndarray,
         nums_cached: np.ndarray,
         nums_read: np.ndarray,
-        slots: np.ndarray,
-        key: jax.Array,
         num_tokens: int,
-    ) -> DecodeState:
-        """Gives requests slots again, behind what they have in the kept rows `rows` and what is read first.
+    ) -> CachePart:
+        """The own caches of requests, behind what they have in the kept rows `rows` and what is read here.
 
         Args:
           requests: [shards, R]. tokens: [shards, R, S], of each by the position of the own cache.
           nums_cached, nums_read: [shards, R], positions of the own cache before and after reading.
-          slots: where they go; a place past the end: no request.
           num_tokens: read at a time.
         """
         assert state.kept is not None
         assert state.table is not None
-        shape, width = state.shape, rows.shape[1]
-        program = self.programs.get(*self._read_build(params, shape, state.sampling, width, num_tokens))
+        program = self.programs.get(*self._read_build(params, state.shape, state.sampling, rows.shape[1], num_tokens))
         flat = [x.reshape(-1, *x.shape[2:]) for x in (tokens, nums_cached, nums_read)]
-        arrays = hosts.put((rows, requests, *flat), self._rows)
-        part = program(params, state.kept, state.table, *arrays)
+        part = program(params, state.kept, state.table, *hosts.put((rows, requests, *flat), self._rows))
         self._count_bytes(state.own, state.table, state.kept, part)
-        in_order = np.broadcast_to(np.arange(width, dtype=np.int32), rows.shape)
-        move = self.programs.get(*self._move_build(state.own, part, width))
-        state.own = move(state.own, part, *hosts.put((in_order, slots), self._rows))
+        return part
+
+    def keep_read(self, state: DecodeState, part: CachePart, rows: np.ndarray) -> DecodeState:
+        """Puts the rows of `part`, which `read` has made, in their order to the kept rows `rows`."""
+        assert state.kept is not None
+        state.kept = self._move(state.kept, part, _in_order(rows), rows)
+        return state
+
+    def go_on(
+        self,
+        state: DecodeState,
+        requests: Requests,
+        nums_cached: np.ndarray,
+        slots: np.ndarray,
+        key: jax.Array,
+        rows: np.ndarray,
+        part: CachePart | None = None,
+    ) -> DecodeState:
+        """Gives requests slots again.
+
+        Args:
+          requests: [shards, R]. nums_cached: [shards, R], positions of their own caches.
+          slots: where they go; a place past the end: no request.
+          rows: of `part`, where their own caches are. part: None: the kept rows.
+        """
+        shape = state.shape
+        part = state.kept if part is None else part
+        assert part is not None
+        state.own = self._move(state.own, part, rows, slots)
         by_slot = np.full((self.num_shards, shape.num_slots // self.num_shards + 1), -1, np.int32)
-        np.put_along_axis(by_slot, slots, np.arange(width, dtype=np.int32)[None], axis=1)
+        np.put_along_axis(by_slot, slots, _in_order(slots), axis=1)
         by_slot = by_slot[:, :-1]
-        give = self.programs.get(*self._give_build(shape, state.sampling, width))
-        arrays = hosts.put((requests, by_slot, nums_read), self._rows)
+        give = self.programs.get(*self._give_build(shape, state.sampling, slots.shape[1]))
+        arrays = hosts.put((requests, by_slot, nums_cached), self._rows)
         state.slots = give(state.slots, *arrays, hosts.put_key(key, self._everywhere))
         return state
 
     def prepare_turns(
-        self, params: Params, shape: Shape, sampling: SamplingParams, num_rows: int, sizes: Sequence[int]
+        self,
+        params: Params,
+        shape: Shape,
+        sampling: SamplingParams,
+        num_moved: int,
+        num_read: int,
+        sizes: Sequence[int],
     ) -> None:
-        """Compiles, in the background, the programs that keep `num_rows` rows of own caches and let them go on, reading
-        as many tokens at a time as one of `sizes`.
+        """Compiles, in the background, the programs that keep `num_moved` rows of own caches, let as many go on, and
+        read `num_read` ones, as many tokens at a time as one of `sizes`.
         """
-        width = num_rows // self.num_shards
-        own, kept, part = (
-            self._abstract_part(count, shape.length) for count in (shape.num_slots, shape.num_kept, num_rows)
+        moved, read = num_moved // self.num_shards, num_read // self.num_shards
+        own, kept = (
+            self._abstract_part(shape.num_slots, shape.length),
+            self._abstract_part(shape.num_kept, shape.kept_length),
         )
-        self.programs.prepare(*self._move_build(kept, own, width))
-        self.programs.prepare(*self._move_build(own, part, width))
-        self.programs.prepare(*self._empty_build(shape.num_kept, shape.length))
+        part = self._abstract_part(num_read, shape.length)
+        for to, source, width in ((kept, own, moved), (own, kept, moved), (kept, part, read), (own, part, read)):
+            self.programs.prepare(*self._move_build(to, source, width))
+        self.programs.prepare(*self._empty_build(shape.num_kept, shape.kept_length))
         for size in sizes:
-            self.programs.prepare(*self._read_build(_abstract(params), shape, sampling, width, size))
-        self.programs.prepare(*self._give_build(shape, sampling, width))
+            self.programs.prepare(*self._read_build(_abstract(params), shape, sampling, read, size))
+        for width in {moved, read}:
+            self.programs.prepare(*self._give_build(shape, sampling, width))
+
+    def _move(self, part: CachePart, source: CachePart, taken: np.ndarray, index: np.ndarray) -> CachePart:
+        program = self.programs.get(*self._move_build(part, source, index.shape[1]))
+        return program(part, source, *hosts.put((taken, index), self._rows))
 
     def generate(
         self,
@@ -469,7 +504,14 @@ class Engine:
     def _read_build(
         self, params: Any, shape: Shape, sampling: SamplingParams, width: int, num_tokens: int
     ) -> tuple[tuple, Build]:
-        sizes = shape.length, shape.num_kept, shape.table_rows, shape.table_length, shape.rows_per_prompt
+        sizes = (
+            shape.length,
+            shape.num_kept,
+            shape.kept_length,
+            shape.table_rows,
+            shape.table_length,
+            shape.rows_per_prompt,
+        )
         counts = shape.counted_length if sampling.needs_counts else 0
         key = "read", width, num_tokens, *sizes, counts, sampling.is_by_slot
 
@@ -479,18 +521,18 @@ class Engine:
             requests = self._abstract_requests(shape, sampling, width)
             arguments = (
                 _abstract(params),
-                self._abstract_part(shape.num_kept, shape.length),
+                self._abstract_part(shape.num_kept, shape.kept_length),
                 self._abstract_part(shape.table_rows, shape.table_length),
                 requests.request_ids,
                 requests,
-                jax.ShapeDtypeStruct((num_rows, shape.length), jnp.int32),
+                jax.ShapeDtypeStruct((num_rows, shape.kept_length), jnp.int32),
                 integers,
                 integers,
             )
             parts, rows = self._shard_part(), self._rows
             of_requests = jax.tree.map(lambda _: rows, requests)
             shardings = (self._param_shardings, parts, parts, rows, of_requests, rows, rows, rows)
-            function = partial(decoding.read_on, self.policy, num_tokens)
+            function = partial(decoding.read_on, self.policy, num_tokens, shape.length)
             return self._build(key, Program(function, shardings, parts), arguments)
 
         return key, build
@@ -502,7 +544,7 @@ class Engine:
             program = Program(decoding.move_rows, (parts, parts, self._rows, self._rows), parts, donate=(0,))
             return program.compile((_abstract(part), _abstract(source), index, index))
 
-        return ("move", part.num_rows, source.num_rows, part.length, width), build
+        return ("move", part.num_rows, source.num_rows, part.length, source.length, width), build
 
     def _give_build(self, shape: Shape, sampling: SamplingParams, width: int) -> tuple[tuple, Build]:
         def build() -> Callable:
@@ -670,6 +712,11 @@ def prefill_key(num_rows: int, chunk: int, length: int, common_length: int) -> t
 def generate_key(shape: Shape, sampling: SamplingParams, chunk: int) -> tuple:
     """The key of a decode program; its text is the name in files of compiled programs."""
     return "generate", shape, sampling.compiled, chunk
+
+
+def _in_order(index: np.ndarray) -> np.ndarray:
+    """0, 1, 2, ... for each shard, in the shape of `index` [shards, R]."""
+    return np.broadcast_to(np.arange(index.shape[1], dtype=np.int32), index.shape)
 
 
 def _consume(program: Callable, array: jax.Array, *arguments: Any) -> jax.Array:

@@ -275,6 +275,12 @@ class Schedule:
         """The most requests of any shard that wait for a slot."""
         return max(len(waiting) for waiting in self._waiting)
 
+    def num_beginning(self, num_kept: int) -> np.ndarray:
+        """By shard, the requests that wait for a first slot, as far as no more than `num_kept` have begun with them."""
+        waiting = np.array([len(waiting) for waiting in self._waiting])
+        begun = np.bincount([shard for shard, _ in self._rows_of.values()], minlength=waiting.size) - waiting
+        return np.clip(num_kept - begun, 0, waiting)
+
     def has_more(self) -> bool:
         """Whether there are requests that are not on the device yet."""
         return self.has_pending() or self.num_waiting > self._num_waiting

@@ -28,13 +28,13 @@ import numpy as np
 
 from rl.sampler import request_queue
 from rl.sampler.engine import Shape
-from rl.sampler.sizes import LENGTH_UNIT, MIN_TABLE_LENGTH, cache_sizes, size_at_least, size_at_most
+from rl.sampler.sizes import MIN_TABLE_LENGTH, cache_sizes, session_sizes, size_at_least, size_at_most
 
 MAX_DERIVED_SLOTS = 256  # when a memory budget sets the number: more slots are hardly cheaper for each token
 MIN_COMMON_LENGTH = 64
 MIN_CUT_LENGTH = 32  # positions of a table row that is shorter than the longest prompt
 OPEN_PREFILL_ROWS = 4  # prompts of a shard that are prefilled at a time where they come one by one
-READ_SIZES = (64, 16)  # tokens of an observation that are read at a time
+READ_SIZES = (64, 8)  # tokens of an observation that are read at a time
 MIN_SAVED = 1 / 8  # the share of positions that halving the table rows must save
 
 
@@ -223,9 +223,9 @@ def turn_shape(
 ) -> Shape:
     """The shape for completions of several turns.
 
-    A row of the own cache holds a whole completion. Four requests for each slot have a kept row, as far as there are so
-    many and the memory allows. The table holds the prompts of those that are in work, which have a slot or a kept row:
-    a prompt is needed until its last completion is done.
+    A row of the own cache grows up to a whole completion. Four requests for each slot have a kept row, as far as there
+    are so many and the memory allows. The table holds the prompts of those that are in work, which have a slot or a
+    kept row: a prompt is needed until its last completion is done.
 
     Args:
       longest: tokens of a completion, with what is put between its turns.
@@ -235,7 +235,8 @@ def turn_shape(
     """
     most = size_at_least(demand.most_requests, 4)
     most = min(most, MAX_DERIVED_SLOTS // num_shards or 1) if slots is None else min(most, slots // num_shards)
-    length = LENGTH_UNIT * math.ceil(longest / LENGTH_UNIT)
+    lengths = [size.length for size in session_sizes(1, longest)]
+    length = max(lengths)
     num_kept = min(demand.most_requests, 4 * most)
 
     def table_rows(most: int, num_kept: int) -> int:
@@ -248,7 +249,7 @@ def turn_shape(
         is_cut = demand.largest_piece == demand.most_requests
         return Shape(
             num_slots=most * num_shards,
-            length=length,
+            length=min(lengths),
             table_rows=table_rows(most, num_kept) * num_shards,
             table_length=expected.table_length,
             rows_per_prompt=expected.rows_per_prompt,
@@ -257,12 +258,13 @@ def turn_shape(
             common_length=0,
             num_waiting=2 * most,
             num_kept=num_kept * num_shards,
+            kept_length=length,
         )
 
     def peak(most: int, num_kept: int) -> int:
         assert budget is not None
         whole, largest = sum(budget.per_position), max(budget.per_position)
-        kept = (most + num_kept) * length + rows_moved(most) * (length + max(READ_SIZES))
+        kept = (most + num_kept) * length + rows_read(most) * (length + max(READ_SIZES))
         prefilled = demand.prefill_rows(most, expected) * expected.rows_per_prompt * expected.table_length
         read = table_rows(most, num_kept) * expected.table_length
         return (kept + read) * whole + max(prefilled * (whole + largest), most * length * largest)
@@ -294,15 +296,16 @@ def open_shape(
       ValueError: the budget is too small.
     """
     slots, kept = max(num_slots // num_shards, 1), max(math.ceil(num_kept / num_shards), 1)
-    length = LENGTH_UNIT * math.ceil(longest / LENGTH_UNIT)
+    lengths = [size.length for size in session_sizes(1, longest)]
+    length = max(lengths)
     table_rows = size_at_least((slots + num_kept // num_shards) * expected.rows_per_prompt, 4)
     prefill_rows = min(OPEN_PREFILL_ROWS, slots)
     if budget is not None:
         whole, largest = sum(budget.per_position), max(budget.per_position)
         prefilled = prefill_rows * expected.rows_per_prompt * expected.table_length
-        moved = rows_moved(slots) * (length + max(READ_SIZES))
+        moved = rows_read(slots) * (length + max(READ_SIZES))
         cached = (slots + kept) * length + moved + table_rows * expected.table_length
-        peak = cached * whole + prefilled * (whole + largest)
+        peak = cached * whole + max(prefilled * (whole + largest), slots * length * largest)
         if peak > budget.allowed:
             raise ValueError(
                 f"sampling.kv_memory must hold {slots} completions of {longest} tokens at a time and {kept} kept ones, "
@@ -311,7 +314,7 @@ def open_shape(
             )
     return Shape(
         num_slots=slots * num_shards,
-        length=length,
+        length=min(lengths),
         table_rows=table_rows * num_shards,
         table_length=expected.table_length,
         rows_per_prompt=expected.rows_per_prompt,
@@ -320,7 +323,13 @@ def open_shape(
         common_length=0,
         num_waiting=slots,
         num_kept=kept * num_shards,
+        kept_length=length,
     )
+
+
+def rows_read(num_slots: int) -> int:
+    """Rows of a shard behind which observations are read at a time."""
+    return min(2 * rows_moved(num_slots), num_slots)
 
 
 def rows_moved(num_slots: int) -> int:

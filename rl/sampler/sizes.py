@@ -71,6 +71,32 @@ def cache_sizes(most_slots: int, limit: int) -> list[CacheSize]:
     return sizes(halved, [*doubled, last]) + between
 
 
+def session_sizes(most_slots: int, limit: int) -> list[CacheSize]:
+    """The sizes of the own cache in a session, whose slots are at their longest for most of it: lengths double up to
+    the limit, with 3/2 of the two largest ones between. All slots go with each length. Half of them and fewer, which
+    come at the end, go with every second length, the longest one among them.
+    """
+    last = LENGTH_UNIT * math.ceil(limit / LENGTH_UNIT)
+    doubled = [MIN_LENGTH << k for k in range(limit.bit_length()) if MIN_LENGTH << k < last]
+    between = [length * 3 // 2 for length in doubled[1:][-2:] if length * 3 // 2 < last]
+    lengths = sorted([*doubled, *between, last])
+    most, *fewer = slot_sizes(most_slots)
+    return [
+        *(CacheSize(most, length) for length in lengths),
+        *(CacheSize(slots, length) for slots in fewer for length in lengths[::-2]),
+    ]
+
+
+def next_session_size(sizes: Sequence[CacheSize], now: CacheSize, needed: int, filled: int) -> CacheSize:
+    """As `next_cache_size`, from `session_sizes`: fewer slots may come with a longer cache, where that is less."""
+    enough = [size for size in sizes if needed <= size.slots <= now.slots and size.length >= now.length]
+    if filled >= now.length:
+        return min((size for size in enough if size.length > filled), key=lambda size: (math.prod(size), size.length))
+    half = [size for size in enough if size.slots <= math.ceil(now.slots / 2)]
+    smallest = min(half, key=lambda size: (math.prod(size), size.length), default=now)
+    return smallest if math.prod(smallest) < math.prod(now) else now
+
+
 def next_cache_size(sizes: Sequence[CacheSize], now: CacheSize, needed: int, filled: int) -> CacheSize:
     """The next size: once the cache is full, the smallest longer one; before that, fewer slots once half can go.
 
@@ -84,6 +110,14 @@ def next_cache_size(sizes: Sequence[CacheSize], now: CacheSize, needed: int, fil
         return min((size for size in enough if size.length > filled), key=lambda size: (math.prod(size), size.length))
     smallest = min(size for size in enough if size.length == now.length)
     return smallest if smallest.slots <= math.ceil(now.slots / 2) else now
+
+
+def later_session_sizes(sizes: Sequence[CacheSize], now: CacheSize) -> list[CacheSize]:
+    """All sizes other than `now` that `next_session_size` can return, in a fixed order."""
+    fills = [0, *sorted({size.length - 1 for size in sizes if size.length > now.length})]
+    needs = sorted({size.slots for size in sizes if size.slots <= now.slots})
+    later = (next_session_size(sizes, now, needed, filled) for filled in fills for needed in needs)
+    return [size for size in dict.fromkeys(later) if size != now]
 
 
 def later_cache_sizes(sizes: Sequence[CacheSize], now: CacheSize) -> list[CacheSize]:

@@ -51,10 +51,11 @@ from rl.sampler.shape_plan import (
     open_shape,
     rest_lengths,
     rows_moved,
+    rows_read,
     turn_shape,
     usable_common_length,
 )
-from rl.sampler.sizes import CacheSize, cache_sizes, later_cache_sizes, slot_sizes
+from rl.sampler.sizes import CacheSize, cache_sizes, later_cache_sizes, later_session_sizes, session_sizes
 from rl.sampler.slot_rules import SlotSampling
 from rl.sampler.slot_session import SlotSession, prefill_chunk
 from rl.sampler.token_draw import SamplingParams
@@ -253,23 +254,26 @@ class Sampler:
             self.engine.programs.prepare(*self._convert_build(params))
         params, num_shards = self._abstract_decode_params(params), self.engine.num_shards
         first = self._turn_shape(num_prompts, num_samples, longest)
-        sizes = slot_sizes(first.num_slots // num_shards)
-        shapes = [first.resized(slots * num_shards, first.length, num_shards) for slots in sizes]
-        self._prepare_turns(params, shapes, sampling, self._turn_chunk)
+        sizes = session_sizes(first.num_slots // num_shards, longest)
+        self._prepare_turns(params, first, sizes, sampling, self._turn_chunk)
 
-    def _prepare_turns(self, params: Params, shapes: Sequence[Shape], sampling: SamplingParams, chunk: int) -> None:
-        """Compiles the programs of a session with turns, whose shapes come in the order in which slots are dropped."""
-        engine, first = self.engine, shapes[0]
-        num_rows = rows_moved(first.num_slots // engine.num_shards) * engine.num_shards
+    def _prepare_turns(
+        self, params: Params, first: Shape, sizes: Sequence[CacheSize], sampling: SamplingParams, chunk: int
+    ) -> None:
+        """Compiles the programs of a session with turns, which starts with the shape `first`."""
+        engine, num_shards = self.engine, self.engine.num_shards
+        num_slots = first.num_slots // num_shards
+        moved, read = rows_moved(num_slots) * num_shards, rows_read(num_slots) * num_shards
         engine.prepare_state(first, sampling)
         for rows in self._prefill_sizes(first):
             engine.prepare_prefill(params, rows, first.prefill_length, prefill_chunk(rows), 0)
             engine.prepare_insert(first, rows)
-        for place, shape in enumerate(shapes):
+        for size in sizes:
+            shape = first.resized(size.slots * num_shards, size.length, num_shards)
             engine.prepare(params, shape, sampling, chunk)
-            engine.prepare_turns(params, shape, sampling, num_rows, READ_SIZES)
-            for later in shapes[place + 1 :]:
-                engine.prepare_resize(shape, sampling, later.num_slots, later.length)
+            engine.prepare_turns(params, shape, sampling, moved, read, READ_SIZES)
+            for later in later_session_sizes(sizes, size):
+                engine.prepare_resize(shape, sampling, later.slots * num_shards, later.length)
 
     @property
     def _turn_chunk(self) -> int:
@@ -288,7 +292,7 @@ class Sampler:
         have rules of their own where `sampling` is a `SlotSampling`.
         """
         shape = self._turn_shape(num_prompts, num_samples, longest)
-        sizes = [CacheSize(slots, shape.length) for slots in slot_sizes(shape.num_slots // self.engine.num_shards)]
+        sizes = session_sizes(shape.num_slots // self.engine.num_shards, longest)
         self.release()  # no prefix is shared here
         params, chunk = self._decode_params(params), self._turn_chunk
         total = num_prompts * num_samples
@@ -317,7 +321,7 @@ class Sampler:
         shape = self._endless_shape(num_slots, num_kept, longest)
         self.release()
         params, num_shards = self._decode_params(params), self.engine.num_shards
-        sizes = [CacheSize(shape.num_slots // num_shards, shape.length)]
+        sizes = _all_slots(session_sizes(shape.num_slots // num_shards, longest))
         return SlotSession(self.engine, params, shape, sizes, sampling, key, None, self._decode_text, chunk)
 
     def check_endless(self, num_slots: int, num_kept: int, longest: int) -> None:
@@ -332,7 +336,8 @@ class Sampler:
             self.engine.programs.prepare(*self._convert_build(params))
         params = self._abstract_decode_params(params)
         shape = self._endless_shape(num_slots, num_kept, longest)
-        self._prepare_turns(params, [shape], sampling, chunk)
+        sizes = _all_slots(session_sizes(shape.num_slots // self.engine.num_shards, longest))
+        self._prepare_turns(params, shape, sizes, sampling, chunk)
 
     def _endless_shape(self, num_slots: int, num_kept: int, longest: int) -> Shape:
         expected, num_shards = self._planned_prompts(), self.engine.num_shards
@@ -559,3 +564,8 @@ class Sampler:
 
     def _chunk_of(self, sampling: SamplingParams) -> int:
         return self._stop_chunk if sampling.stop_strings else self._chunk
+
+
+def _all_slots(sizes: Sequence[CacheSize]) -> list[CacheSize]:
+    """Those of the sizes that have all slots."""
+    return [size for size in sizes if size.slots == max(size.slots for size in sizes)]

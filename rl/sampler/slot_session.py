@@ -6,9 +6,9 @@ shape (`rl.sampler.shape_plan`), compiled programs (`rl.sampler.engine`), the bo
 
 A completion of several turns draws a turn, waits outside for an observation, and goes on. While it waits, its slot
 draws others: its own cache, the keys and values of its turns, is copied to a kept row. When it goes on, the observation
-is read behind them, and the row is copied to a slot that is free. So a prompt is prefilled once for its group, and each
-token of an observation is read once. If all kept rows are taken, the one that has waited longest is given away, and its
-tokens are read again.
+is read behind them, for many completions at a time, and the row is copied to a slot that is free. So a prompt is
+prefilled once for its group, and each token of an observation is read once. If all kept rows are taken, the one that
+has waited longest is given away, and its tokens are read again.
 Legend: B slots, T tokens of a piece.
 """
 
@@ -23,16 +23,18 @@ import numpy as np
 from rl.models.cache import CachePart
 from rl.models.policy import Params
 from rl.sampler.contract import Completion, Request, check_requests
+from rl.sampler.decoding import ChunkReport
 from rl.sampler.engine import DecodeState, Engine, Shape
 from rl.sampler.request_queue import Schedule
-from rl.sampler.shape_plan import READ_SIZES, few_rows, rows_moved
-from rl.sampler.sizes import CacheSize, next_cache_size
+from rl.sampler.shape_plan import READ_SIZES, few_rows, rows_moved, rows_read
+from rl.sampler.sizes import CacheSize, next_cache_size, next_session_size
 from rl.sampler.token_draw import SamplingParams
 
 PREFILL_TOKENS = 4096  # tokens of one piece of prefill, over all rows
 MIN_PREFILL_CHUNK = 128
 MAX_PREFILL_CHUNK = 512  # positions; a row for the longest prompt then costs little more than the prompts in it
-_OUTSIDE, _READY, _DRAWING = "outside", "ready", "drawing"  # waits for an observation, for a slot, has one
+# A completion of several turns waits for an observation, then to have it read, then for a slot; or it has one.
+_OUTSIDE, _UNREAD, _READY, _DRAWING = "outside", "unread", "ready", "drawing"
 
 
 class SlotSession:
@@ -81,10 +83,11 @@ class SlotSession:
         self._state = engine.init_state(shape, sampling, key, common)
         self._schedule.set_slots(shape.num_slots)
         self._prefill_rows = shape.prefill_rows // num_shards
-        self._filled = 0  # positions of the own cache that the fullest slot has written
+        self._filled = 0  # positions of the own cache that are written in the fullest slot that draws
         self._has_turns = shape.num_kept > 0
-        self._move_rows = rows_moved(shape.num_slots // num_shards)
+        self._move_rows, self._read_rows = (rows(shape.num_slots // num_shards) for rows in (rows_moved, rows_read))
         self._turns: dict[int, _Turns] = {}  # {unfinished request of which a turn has ended}
+        self._unread: list[collections.deque[int]] = [collections.deque() for _ in range(num_shards)]
         self._ready: list[collections.deque[int]] = [collections.deque() for _ in range(num_shards)]
         self._free_rows = [list(range(shape.num_kept // num_shards)) for _ in range(num_shards)]
         self._num_outside = 0  # requests that wait for what follows their turn
@@ -135,10 +138,7 @@ class SlotSession:
         request = self._schedule.request(number)
         self._schedule.replace(number, dataclasses.replace(request, continues=tuple(turns.tokens), limit=limit))
         self.num_read += len(token_ids)
-        turns.state = _READY
-        self._is_stuck = False
-        self._num_outside -= 1
-        self._ready[turns.shard].append(number)
+        self._queue(number)
 
     def follow(self, number: int, num_kept: int, token_ids: Sequence[int], request: Request) -> None:
         """Has another request drawn behind a turn that has ended, in its place and under its number: one whose prompt
@@ -165,10 +165,7 @@ class SlotSession:
         given = {"continues": tuple(tokens), "num_given": len(tokens), "limit": limit}
         self._schedule.replace(number, dataclasses.replace(request, prompt=old.prompt, **given))
         self.num_read += len(token_ids)
-        turns.state = _READY
-        self._is_stuck = False
-        self._num_outside -= 1
-        self._ready[turns.shard].append(number)
+        self._queue(number)
 
     def prompt_length(self, number: int) -> int:
         """The number of tokens of a request's first prompt."""
@@ -191,8 +188,8 @@ class SlotSession:
         if turns is not None:
             if turns.state == _OUTSIDE:
                 self._num_outside -= 1
-            elif turns.state == _READY:
-                self._ready[turns.shard].remove(number)
+            elif turns.state in (_UNREAD, _READY):
+                (self._ready if turns.state == _READY else self._unread)[turns.shard].remove(number)
             if turns.row is not None:
                 self._free_rows[turns.shard].append(turns.row)
         self._schedule.cancel(number)
@@ -218,10 +215,10 @@ class SlotSession:
             state = self._admit(state, needed)
         for number in schedule.begun:
             shard = schedule.shard(number)
-            self._turns[number] = _Turns(shard, list(schedule.request(number).continues), state=_READY)
-            self._ready[shard].append(number)
+            self._turns[number] = _Turns(shard, list(schedule.request(number).continues), state=_UNREAD)
+            self._unread[shard].append(number)
         schedule.begun.clear()
-        state = self._fit(state)
+        state = self._fit(state, self._filled)
         if self._has_turns:
             state = self._go_on(state)
         waiting, num_waiting = schedule.waiting()
@@ -234,8 +231,7 @@ class SlotSession:
             self._params, state, waiting, num_waiting, self._key, cancelled_B, few, self._chunk
         )
         assert report.num_steps > 0, "a chunk without a step, though there are requests left"
-        if not self._has_turns:
-            self._filled = int(np.max(np.where(report.request_ids >= 0, report.num_drawn, 0), initial=0))
+        self._filled = int(np.max(self._cursors(report), initial=0))
         ended = list(schedule.read(report))
         if self._has_turns:
             for number, completion in ended:
@@ -255,9 +251,9 @@ class SlotSession:
             state = self._engine.insert(state, prefix, places)
         return state
 
-    def _fit(self, state: DecodeState) -> DecodeState:
-        """Drops idle slots once half of the slots can go, and grows the own cache where the fullest slot has
-        filled it.
+    def _fit(self, state: DecodeState, filled: int) -> DecodeState:
+        """Drops idle slots once half of the slots can go, and grows the own cache where `filled` positions of a slot
+        fill it.
         """
         schedule = self._schedule
         busy = schedule.busy_slots()
@@ -267,7 +263,8 @@ class SlotSession:
             needed = now.slots
         elif self._has_turns:  # each of them may want a slot again
             needed = max(schedule.loads())
-        size = next_cache_size(self._sizes, now, min(needed, now.slots), self._filled)
+        next_size = next_session_size if self._has_turns else next_cache_size
+        size = next_size(self._sizes, now, min(needed, now.slots), filled)
         index = None
         if size.slots < now.slots:
             index = np.argsort(~busy, axis=1, kind="stable")[:, : size.slots].astype(np.int32)
@@ -291,7 +288,13 @@ class SlotSession:
     @property
     def _most_tokens(self) -> int:
         """Tokens that a completion of several turns may have."""
-        return self._state.shape.length
+        return self._state.shape.kept_length
+
+    def _cursors(self, report: ChunkReport) -> np.ndarray:
+        """[B], positions of the own cache that are written in each slot that draws; 0 in others."""
+        ids = report.request_ids
+        cached = [len(self._schedule.request(number).continues) if number >= 0 else 0 for number in ids.tolist()]
+        return np.where(ids >= 0, report.num_drawn + (np.asarray(cached) if self._has_turns else 0), 0)
 
     def _cache_size(self, state: DecodeState) -> CacheSize:
         return CacheSize(state.own.num_rows // self._engine.num_shards, state.own.length)
@@ -330,51 +333,126 @@ class SlotSession:
         return state
 
     def _take_row(self, shard: int) -> int:
-        """A kept row; where all are taken, that of the request that has waited longest."""
+        """A kept row; where all are taken, that of the request that has waited longest, rather of one whose
+        observation is not read yet.
+        """
         if not self._free_rows[shard]:
-            holders = [turns for turns in self._turns.values() if turns.shard == shard and turns.row is not None]
-            longest = min(holders, key=lambda turns: turns.waits_since)
+            holders = [(number, turns) for number, turns in self._turns.items() if turns.shard == shard]
+            holders = [(number, turns) for number, turns in holders if turns.row is not None]
+            number, longest = min(holders, key=lambda of: (of[1].state == _READY, of[1].waits_since))
             self.num_read_again += longest.num_cached
             row, longest.row, longest.num_cached = longest.row, None, 0
+            if longest.state == _READY:
+                self._ready[shard].remove(number)
+                self._unread[shard].appendleft(number)
+                longest.state = _UNREAD
             assert row is not None
             return row
         return self._free_rows[shard].pop()
 
+    def _queue(self, number: int) -> None:
+        """Has a request wait for what it goes on with to be read, or for a slot where there is nothing to read."""
+        turns = self._turns[number]
+        turns.state = _READY if turns.num_unread == 0 else _UNREAD
+        (self._ready if turns.state == _READY else self._unread)[turns.shard].append(number)
+        self._is_stuck = False
+        self._num_outside -= 1
+
     def _go_on(self, state: DecodeState) -> DecodeState:
-        """Gives requests that go on the slots that are idle, in the order in which they became ready."""
-        while any(self._ready):
-            idle = (~self._schedule.busy_slots()).sum(axis=1)
+        """Gives requests that go on the slots that are idle, in the order in which they became ready.
+
+        In a call that ends, requests that begin come first, as long as there are kept rows for them: the own caches of
+        those that draw are then about equally long.
+        """
+        while True:
+            idle = self._num_idle()
             taken = [
-                [ready.popleft() for _ in range(min(len(ready), int(free), self._move_rows))]
+                [ready.popleft() for _ in range(min(len(ready), free, self._move_rows))]
                 for ready, free in zip(self._ready, idle, strict=True)
             ]
-            if not any(taken):
-                break
-            state = self._resume(state, taken)
-        return state
+            if any(taken):
+                state = self._resume(state, taken)
+            elif any(free and unread for free, unread in zip(idle, self._unread, strict=True)):
+                state = self._read(state, idle)
+            else:
+                return state
 
-    def _resume(self, state: DecodeState, taken: Sequence[Sequence[int]]) -> DecodeState:
-        """Gives the requests `taken`, by shard, idle slots, behind what is read first."""
-        num_shards, width = len(taken), self._move_rows
+    def _num_idle(self) -> list[int]:
+        """By shard, the idle slots that requests may have that go on."""
+        idle = (~self._schedule.busy_slots()).sum(axis=1)
+        if self._total is not None:
+            idle = np.maximum(idle - self._schedule.num_beginning(self._state.shape.num_kept // idle.size), 0)
+        return idle.tolist()
+
+    def _read(self, state: DecodeState, idle: Sequence[int]) -> DecodeState:
+        """Reads what requests go on with. Those that have a kept row, or get one, wait there for a slot."""
+        num_shards, width = len(idle), self._read_rows
+        at_once, group = zip(*(self._read_together(shard, free) for shard, free in enumerate(idle)), strict=True)
+        longest = max(self._turns[number].num_unread for own in group for number in own)
+        size = next((size for size in READ_SIZES if longest > size * 3 // 4), READ_SIZES[-1])
+        state = self._fit(state, max(len(self._turns[number].tokens) for own in group for number in own))
         rows, nums_cached, nums_read = np.zeros((3, num_shards, width), np.int32)
-        tokens = np.zeros((num_shards, width, state.shape.length), np.int32)
-        requests = self._schedule.arrays(taken, width, are_own=True)
-        for shard, own in enumerate(taken):
+        kept = np.full((num_shards, width), state.shape.num_kept // num_shards, np.int32)
+        tokens = np.zeros((num_shards, width, state.shape.kept_length), np.int32)
+        for shard, own in enumerate(group):
             for i, number in enumerate(own):
+                self._unread[shard].remove(number)
                 turns, place = self._turns[number], (shard, i)
-                if turns.row is not None:
-                    rows[place] = turns.row
-                    self._free_rows[shard].append(turns.row)
                 fed = [self._schedule.prompt(number)[-1], *turns.tokens]
                 tokens[place][: len(fed)] = fed
                 nums_cached[place], nums_read[place] = turns.num_cached, len(fed) - 1  # decoding feeds the last one
+                if i < len(at_once[shard]):
+                    turns.state = _DRAWING
+                    continue
+                if turns.row is None:
+                    turns.row = self._free_rows[shard].pop()
+                rows[place] = kept[place] = turns.row
+                turns.state, turns.num_cached = _READY, len(turns.tokens)
+                self._ready[shard].append(number)
+        requests = self._schedule.arrays(group, width, are_own=True)
+        part = self._engine.read(self._params, state, rows, requests, tokens, nums_cached, nums_read, size)
+        if any(at_once):
+            slots = self._schedule.go_on(at_once, width)
+            in_order = np.broadcast_to(np.arange(width, dtype=np.int32), slots.shape)
+            state = self._engine.go_on(state, requests, nums_read, slots, self._key, in_order, part)
+        return self._engine.keep_read(state, part, kept) if any(map(len, self._ready)) else state
+
+    def _read_together(self, shard: int, num_idle: int) -> tuple[list[int], list[int]]:
+        """Requests of a shard that are read at a time: the one that has waited longest, and those that take as long or
+        little less. Returns those among them which have no kept row and go to one of `num_idle` idle slots at once;
+        and all of them, these first.
+        """
+
+        def num_pieces(number: int) -> int:
+            return math.ceil(self._turns[number].num_unread / READ_SIZES[-1])
+
+        at_once, kept, num_free = [], [], len(self._free_rows[shard])
+        first = num_pieces(self._unread[shard][0]) if self._unread[shard] else 0
+        order = sorted(self._unread[shard], key=lambda number: ((n := num_pieces(number)) > first, abs(n - first)))
+        for number in order:
+            if len(at_once) + len(kept) == self._read_rows:
+                break
+            if self._turns[number].row is not None or num_free:
+                num_free -= self._turns[number].row is None
+                kept.append(number)
+            elif len(at_once) < num_idle:
+                at_once.append(number)
+        return at_once, [*at_once, *kept]
+
+    def _resume(self, state: DecodeState, taken: Sequence[Sequence[int]]) -> DecodeState:
+        """Gives the requests `taken`, by shard, idle slots."""
+        width = self._move_rows
+        rows, nums_cached = np.zeros((2, len(taken), width), np.int32)
+        requests = self._schedule.arrays(taken, width, are_own=True)
+        for shard, own in enumerate(taken):
+            for i, number in enumerate(own):
+                turns = self._turns[number]
+                assert turns.row is not None
+                rows[shard, i], nums_cached[shard, i] = turns.row, turns.num_cached
+                self._free_rows[shard].append(turns.row)
                 turns.row, turns.state = None, _DRAWING
-        longest = int(np.max(nums_read - nums_cached))
-        num_tokens = next((size for size in READ_SIZES if longest > size * 3 // 4), READ_SIZES[-1])
         slots = self._schedule.go_on(taken, width)
-        return self._engine.go_on(
-            self._params, state, rows, requests, tokens, nums_cached, nums_read, slots, self._key, num_tokens
-        )
+        return self._engine.go_on(state, requests, nums_cached, slots, self._key, rows)
 
 
 @dataclasses.dataclass
@@ -382,7 +460,8 @@ class _Turns:
     """A request that has several turns.
 
     tokens: of its completion, with what was put between turns. num_cached: positions of its own cache that are there,
-      as its last turn ended. row: the kept row that holds them. waits_since: counts the turns that ended.
+      as its last turn ended or what follows it was read. row: the kept row that holds them. waits_since: counts the
+      turns that ended.
     """
 
     shard: int
@@ -391,6 +470,11 @@ class _Turns:
     row: int | None = None
     state: str = ""
     waits_since: int = 0
+
+    @property
+    def num_unread(self) -> int:
+        """Tokens to read before another turn."""
+        return len(self.tokens) - self.num_cached
 
 
 def prefill_chunk(num_rows: int) -> int:

@@ -13,7 +13,17 @@ from rl.sampler.decoding import ChunkReport, Columns
 from rl.sampler.endings import find_stop
 from rl.sampler.request_queue import Schedule, common_prefix_length, deal
 from rl.sampler.shape_plan import ExpectedPrompts, ShardRequests, first_shape
-from rl.sampler.sizes import CacheSize, cache_sizes, later_cache_sizes, next_cache_size, size_at_least, size_at_most
+from rl.sampler.sizes import (
+    CacheSize,
+    cache_sizes,
+    later_cache_sizes,
+    later_session_sizes,
+    next_cache_size,
+    next_session_size,
+    session_sizes,
+    size_at_least,
+    size_at_most,
+)
 from rl.sampler.token_draw import SamplingParams
 
 
@@ -75,19 +85,38 @@ def test_half_of_the_slots_go_once_they_can_and_a_full_cache_grows():
     assert next_cache_size(sizes, CacheSize(48, 192), 48, 192) == (48, 256)
 
 
+def test_the_cache_of_a_session_grows_with_all_slots_and_drops_them_where_that_is_less():
+    sizes = session_sizes(64, 368)
+    assert [size.length for size in sizes if size.slots == 64] == [64, 128, 192, 256, 368]
+    assert [size.length for size in sizes if size.slots == 32] == [368, 192, 64]
+    assert next_session_size(sizes, CacheSize(64, 64), 64, 63) == (64, 64)
+    assert next_session_size(sizes, CacheSize(64, 64), 64, 200) == (64, 256), "an observation is longer than a step"
+    assert next_session_size(sizes, CacheSize(64, 128), 32, 100) == (32, 192)
+    assert next_session_size(sizes, CacheSize(64, 128), 5, 100) == (8, 192)
+    assert session_sizes(8, 40) == [(8, 48)]
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [(cache_sizes, next_cache_size, later_cache_sizes), (session_sizes, next_session_size, later_session_sizes)],
+    ids=["of_a_call", "of_a_session"],
+)
 @pytest.mark.parametrize("most", [1, 8, 20, 64, 100])
 @pytest.mark.parametrize("limit", [1, 64, 65, 256, 1000])
-def test_every_need_finds_a_size_among_those_that_are_announced(most, limit):
-    sizes = cache_sizes(most, limit)
+def test_every_need_finds_a_size_among_those_that_are_announced(most, limit, plan):
+    all_sizes, next_size, later_sizes = plan
+    sizes = all_sizes(most, limit)
     assert len(set(sizes)) == len(sizes)
+    longest = max(size.length for size in sizes)
     reachable = [sizes[0]]
     for now in reachable:
-        later = later_cache_sizes(sizes, now)
+        later = later_sizes(sizes, now)
+        more = range(now.length + 1, longest, 40) if all_sizes is session_sizes else ()
         for needed in range(1, now.slots + 1):
-            for filled in (0, now.length - 1, now.length):
-                if filled == max(size.length for size in sizes):
+            for filled in (0, now.length - 1, now.length, *more):
+                if filled == longest:
                     continue
-                size = next_cache_size(sizes, now, needed, filled)
+                size = next_size(sizes, now, needed, filled)
                 assert needed <= size.slots <= now.slots
                 assert size.length >= now.length
                 assert size.length > filled

@@ -203,17 +203,16 @@ def to_record(
 
     Keys:
       prompt_index, sample_index: row of the input and completion of that row, from 0.
-      id, answer: those of the row, if it has them. row: its other columns, if any.
+      id: the id of the row, if it has one. row: the row's other columns, if any.
       prompt: the text or chat messages that the policy got, with the system prompt; null for token ids.
-      completion: the text of token_ids without special tokens; it includes a stop string that ended it.
-      num_tokens: the number of token_ids.
+      text: the text of token_ids without special tokens; it includes a stop string that ended it.
       token_ids: with the EOS, or the token that completes a stop string.
       logprobs: under softmax(logits / temperature), temperature 1 when greedy; null with `sampling.source`.
       sampler_logprobs: under the distribution really drawn from, after penalties and truncations; 0 when greedy. With
         `sampling.source` each may be null.
       finish_reason: eos, stop or length. stop_reason: the EOS id, the stop string, or null.
       top_logprobs: per position a list of [token id, log-prob], best first; with --top-logprobs only.
-      prompt_ids, prompt_logprobs: with --prompt-logprobs only, under softmax(logits / temperature) of the weights
+      prompt_token_ids, prompt_logprobs: with --prompt-logprobs only, under softmax(logits / temperature) of the weights
         that the completions are drawn with (those of sampling.weight_dtype); the first log-prob is null, for nothing
         comes before the first token of a prompt.
 
@@ -233,15 +232,11 @@ def to_record(
     record: dict[str, Any] = {"prompt_index": completion.prompt_index, "sample_index": completion.sample_index}
     if row.row_id is not None:
         record["id"] = row.row_id
-    others = {name: value for name, value in row.columns.items() if name != "answer"}
-    if others:
-        record["row"] = others
-    if "answer" in row.columns:
-        record["answer"] = row.columns["answer"]
+    if row.columns:
+        record["row"] = row.columns
     record |= {
         "prompt": row.prompt,
-        "completion": tokenizer.decode(completion.token_ids),
-        "num_tokens": len(completion.token_ids),
+        "text": tokenizer.decode(completion.token_ids),
         "token_ids": completion.token_ids.tolist(),
         "logprobs": None if of_policy is None else _numbers(of_policy),
         "sampler_logprobs": _numbers(of_sampler),
@@ -252,7 +247,7 @@ def to_record(
         pairs = zip(completion.top_ids.tolist(), completion.top_logprobs, strict=True)
         record["top_logprobs"] = [list(map(list, zip(ids, _numbers(values), strict=True))) for ids, values in pairs]
     if scores is not None:
-        record |= {"prompt_ids": row.prompt_ids, "prompt_logprobs": [None, *_numbers(scores)]}
+        record |= {"prompt_token_ids": row.prompt_ids, "prompt_logprobs": [None, *_numbers(scores)]}
     return record
 
 
@@ -303,8 +298,7 @@ def output_settings(
     settings = weight_settings(source, origin) | {"seed": seed}
     settings |= {"prompts": f"{len(samples)} rows, sha256 {rows.hexdigest()}"}
     settings |= draw_settings(source.config, sampling)
-    # Files that an older version began have fields of other names, and cannot be gone on with.
-    return settings | {"prompt_logprobs": with_prompt_logprobs, "fields": "completion, prompt_ids, num_tokens"}
+    return settings | {"prompt_logprobs": with_prompt_logprobs}
 
 
 def weight_settings(source: WeightSource, origin: Origin) -> dict[str, Any]:

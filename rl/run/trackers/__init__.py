@@ -1,1 +1,0 @@
-"""Trackers: where a run's metrics go beside metrics.jsonl. docs/trackers.md has the settings and the contract."""
