@@ -2,26 +2,27 @@
 
 In: `POST /at/KEY/v1/chat/completions`, where KEY stands for an episode. Out: the policy's turn as a chat completion, in
 one piece or as a stream of one. How turns are drawn is the recipe's business, so temperature, max_tokens and the like
-are not read. What would need more than the text of a turn is refused by name.
+are not read. What would need more than the text of a turn is refused by name. Not here: what messages and tools may
+be (`rewards.chat_request`).
 """
 
 import asyncio
 import contextlib
+import dataclasses
 import json
 import socket
 import time
 from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping
 from typing import Any, Protocol
 
-from rewards.environment import Message
+from rewards.chat_request import read_json, read_messages, read_tool_choice, read_tools, told_call
+from rewards.environment import Message, TurnTokens
 from rewards.environment_replies import MAX_DEPTH
 from rewards.extras import import_extra
 from rewards.logged import is_plain, shortened
-from rewards.text import message_text
 
 MAX_BODY = 1 << 20  # bytes of a request
 EXTRA = "tandem-grpo[serve]"
-_FIELDS = ("role", "content", "name", "tool_call_id", "tool_calls")  # of a message that a chat template may read
 
 
 class AskError(Exception):
@@ -40,7 +41,7 @@ class AskError(Exception):
 class Answering(Protocol):
     """An episode whose agent asks."""
 
-    async def ask(self, body: Mapping[str, Any]) -> Message: ...
+    async def ask(self, body: Mapping[str, Any]) -> "Answer": ...
 
 
 class AgentServer:
@@ -111,22 +112,21 @@ class AgentServer:
             if episode is None:
                 raise AskError("the episode is over, or there never was one at this address", "episode_over", 404)
             body = await _read(request)
-            message = await _unless_gone(request, episode.ask(body))
-            if message is None:
+            answer = await _unless_gone(request, episode.ask(body))
+            if answer is None:
                 return Response(status_code=499)  # nobody reads it
         except AskError as error:
             return JSONResponse(error.body, error.status)
         self._num_answers += 1
-        calls = [_told_call(call) for call in message.get("tool_calls", ())]
-        told = {"role": "assistant", "content": message["content"] or (None if calls else "")}
-        if calls:
-            told["tool_calls"] = calls
+        told, reason, usage = answer.told()
         whole = {"id": f"chatcmpl-{self._num_answers}", "created": int(time.time()), "model": "policy"}
-        reason = "tool_calls" if calls else "stop"
         if body.get("stream"):
-            return StreamingResponse(_stream(whole, told, reason), media_type="text/event-stream")
+            options = body.get("stream_options")
+            with_usage = isinstance(options, dict) and bool(options.get("include_usage"))
+            events = _stream(whole, told, reason, usage if with_usage else None)
+            return StreamingResponse(events, media_type="text/event-stream")
         choice = {"index": 0, "message": told, "finish_reason": reason, "logprobs": None}
-        return JSONResponse({**whole, "object": "chat.completion", "choices": [choice]})
+        return JSONResponse({**whole, "object": "chat.completion", "choices": [choice], "usage": usage})
 
     async def _models(self, request: Any) -> Any:
         from starlette.responses import JSONResponse
@@ -155,71 +155,58 @@ def asked_of(body: Mapping[str, Any]) -> tuple[list[Message], list[dict[str, Any
         raise AskError(
             f"response_format must be text where an agent is trained, got {shortened(response)}", "unsupported"
         )
-    messages = body.get("messages")
-    if not isinstance(messages, list) or not messages:
-        raise AskError(f"messages must be a list of messages, got {shortened(messages)}", "messages")
-    tools = body.get("tools") or []
-    is_list = isinstance(tools, list) and all(isinstance(tool, dict) and "function" in tool for tool in tools)
-    if not is_list or not is_plain(tools, MAX_DEPTH):
-        raise AskError(f"tools must be a list of functions, got {shortened(tools)}", "tools")
-    read = [_message(message) for message in messages]
-    if not is_plain(read, MAX_DEPTH + 2):
-        raise AskError("messages must be plain JSON, without NaN or numbers beyond 64 bits", "messages")
-    return read, tools, bool(tools) and body.get("tool_choice") != "none"
-
-
-def told_of(message: Mapping[str, Any]) -> list[Any]:
-    """What makes two messages the same, whoever wrote them: role, text, names and arguments of calls."""
-    calls = [[call["function"]["name"], call["function"]["arguments"]] for call in message.get("tool_calls") or ()]
-    return [message["role"], (message.get("content") or "").strip(), calls]
-
-
-def _message(message: Any) -> Message:
-    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-        raise AskError(f"a message must have a role, got {shortened(message)}", "messages")
-    content = message.get("content")
-    if isinstance(content, list) and not all(isinstance(part, dict) and part.get("type") == "text" for part in content):
-        raise AskError("content of a message must be text, got parts of another type", "messages")
-    if not isinstance(content, (str, list, type(None))):
-        raise AskError(f"content of a message must be text, got {shortened(content)}", "messages")
-    read = {name: message[name] for name in _FIELDS if message.get(name) is not None}
-    read["content"] = message_text(message)
-    if "tool_calls" in read:
-        if not isinstance(read["tool_calls"], list):
-            raise AskError(f"tool_calls of a message must be a list, got {shortened(read['tool_calls'])}", "messages")
-        read["tool_calls"] = [_read_call(call) for call in read["tool_calls"]]
-    return read
-
-
-def _read_call(call: Any) -> dict[str, Any]:
-    """A call with its arguments as an object, as chat templates want them."""
     try:
-        name, arguments = call["function"]["name"], call["function"]["arguments"]
-        arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
-    except (TypeError, KeyError, ValueError, RecursionError) as error:
-        raise AskError(
-            f"tool_calls of a message must be those of an answer, got {shortened(call)}", "messages"
-        ) from error
-    told = {"type": "function", "function": {"name": name, "arguments": arguments}}
-    return told if call.get("id") is None else {**told, "id": call["id"]}
+        messages, tools = read_messages(body), read_tools(body)
+        parses = read_tool_choice(body, tools) != "none"
+    except ValueError as error:
+        raise AskError(str(error), str(error).partition("[")[0].partition(" ")[0]) from None
+    for name, value, depth in (("messages", messages, MAX_DEPTH + 2), ("tools", tools, MAX_DEPTH)):
+        if not is_plain(value, depth):
+            raise AskError(f"{name} must be plain JSON, without NaN or numbers beyond 64 bits", name)
+    return messages, tools, parses
 
 
-def _told_call(call: Mapping[str, Any]) -> dict[str, Any]:
-    function = call["function"]
-    arguments = json.dumps(function["arguments"], ensure_ascii=False)
-    return {"id": call["id"], "type": "function", "function": {"name": function["name"], "arguments": arguments}}
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """The policy's turn, as a message, and what it took; None: it is not known."""
+
+    message: Message
+    tokens: TurnTokens | None
+
+    def told(self) -> tuple[dict[str, Any], str, dict[str, int] | None]:
+        """(The message as an answer tells it, its finish_reason, its usage)."""
+        calls = [
+            told_call(call["function"]["name"], call["function"]["arguments"], call["id"])
+            for call in self.message.get("tool_calls", ())
+        ]
+        told: dict[str, Any] = {"role": "assistant", "content": self.message["content"] or (None if calls else "")}
+        if calls:
+            told["tool_calls"] = calls
+        if self.tokens is None:
+            return told, "tool_calls" if calls else "stop", None
+        reason = "length" if self.tokens.is_cut else "tool_calls" if calls else "stop"
+        counts = {"prompt_tokens": self.tokens.prompt, "completion_tokens": self.tokens.drawn}
+        return told, reason, {**counts, "total_tokens": self.tokens.prompt + self.tokens.drawn}
 
 
-async def _stream(whole: Mapping[str, Any], message: Mapping[str, Any], reason: str) -> AsyncIterator[str]:
+async def _stream(
+    whole: Mapping[str, Any], message: Mapping[str, Any], reason: str, usage: Mapping[str, int] | None
+) -> AsyncIterator[str]:
     calls = [{**call, "index": place} for place, call in enumerate(message.get("tool_calls", ()))]
     delta = {**message, "tool_calls": calls} if calls else message
     for part, end in ((delta, None), ({}, reason)):
         choice = {"index": 0, "delta": part, "finish_reason": end, "logprobs": None}
-        yield f"data: {json.dumps({**whole, 'object': 'chat.completion.chunk', 'choices': [choice]})}\n\n"
+        yield _event(whole, choices=[choice])
+    if usage is not None:
+        yield _event(whole, choices=[], usage=usage)
     yield "data: [DONE]\n\n"
 
 
-async def _unless_gone(request: Any, answer: Coroutine[Any, Any, Message]) -> Message | None:
+def _event(whole: Mapping[str, Any], **more: Any) -> str:
+    return f"data: {json.dumps({**whole, 'object': 'chat.completion.chunk', **more})}\n\n"
+
+
+async def _unless_gone(request: Any, answer: Coroutine[Any, Any, Answer]) -> Answer | None:
     """The answer, or None where the client goes away before; then it is cancelled."""
 
     async def gone() -> None:
@@ -243,9 +230,6 @@ async def _read(request: Any) -> dict[str, Any]:
         if len(read) > MAX_BODY:
             raise AskError(f"a request must have at most {MAX_BODY} bytes", "too_large", 413)
     try:
-        body = json.loads(read)
-    except (ValueError, RecursionError) as error:
-        raise AskError(f"a request must be JSON, got {shortened(bytes(read[:100]))}", "json") from error
-    if not isinstance(body, dict):
-        raise AskError(f"a request must be a JSON object, got {shortened(body)}", "json")
-    return body
+        return read_json(bytes(read))
+    except ValueError as error:
+        raise AskError(str(error), "json") from None

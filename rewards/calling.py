@@ -167,6 +167,9 @@ def _driven(coroutine: Coroutine[Any, Any, Any], state: RandomState) -> Generato
             waited = coroutine.send(value) if error is None else coroutine.throw(error)
         except StopIteration as stop:
             return stop.value
+        except (SystemExit, KeyboardInterrupt) as ending:  # asyncio would end the loop, with all other episodes
+            told = RuntimeError(f"a task wanted to end the process, with {ending!r}")
+            raise told.with_traceback(ending.__traceback__) from None
         finally:
             state.leave()
         value, error = None, None

@@ -26,6 +26,7 @@ class Step:
       there is none. done: whether the episode is over. metrics: numbers for `metrics.jsonl`.
     prompt: what the policy reads next in place of all that was said before, a whole prompt as of `reset`. Then there
       are no messages. What it drew before is trained on where it stands; the episode goes on in another sequence.
+    sequence: the sequence that goes on with the messages, by its number from 0; None: that of the turn.
     """
 
     messages: Sequence[Message] = ()
@@ -33,6 +34,16 @@ class Step:
     done: bool = False
     metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
     prompt: str | Sequence[Message] | None = None
+    sequence: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class TurnTokens:
+    """What a turn took: tokens that the policy read before it, those that it drew, and whether a limit has cut it."""
+
+    prompt: int
+    drawn: int
+    is_cut: bool
 
 
 class Environment(Protocol):

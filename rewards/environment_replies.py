@@ -5,11 +5,13 @@ In: a frame from a worker's pipe. Out: typed replies; anything else raises `Brok
     {"nonce": n, "op": "loaded", "environments": {name: {"form", "is_async", "schemas"}}}
     {"nonce": n, "op": "refused", "error"}
     {"nonce": n, "op": "done", "messages", "prompt", "tools", "action", "reward", "done", "metrics", "num_tool_calls",
-        "num_bad_tool_calls", "judged": {function: number, null or [kind, message]}, "kind", "message", "seconds",
-        "traces": [[kind, message, traceback], ...]}
+        "num_bad_tool_calls", "sequence", "judged": {function: number, null or [kind, message]}, "kind", "message",
+        "seconds", "traces": [[kind, message, traceback], ...]}
 """
 
 import dataclasses
+import hashlib
+import json
 import math
 from collections.abc import Collection
 from typing import Any, NamedTuple
@@ -64,6 +66,7 @@ class Done:
     seconds: float
     prompt: str | list[Message] | None
     tools: list[dict[str, Any]] | None
+    sequence: int | None
 
 
 class Trace(NamedTuple):
@@ -93,7 +96,7 @@ def read_done(fields: dict[str, Any], op: str) -> tuple[Done, list[Trace]]:
         raise BrokenWorker(f"the operation {shown(fields['op'])} where an episode was played")
     text = (str, type(None))
     types: dict[str, type | tuple[type, ...]] = {"messages": (str, list), "action": (dict, type(None))}
-    types |= {"prompt": (str, list, type(None)), "tools": (list, type(None))}
+    types |= {"prompt": (str, list, type(None)), "tools": (list, type(None)), "sequence": (int, type(None))}
     types |= {"reward": (float, type(None)), "done": bool, "metrics": dict, "num_tool_calls": int}
     types |= {"num_bad_tool_calls": int, "kind": text, "message": text, "seconds": float}
     check_fields(fields, types | {"traces": list, "judged": dict})
@@ -111,6 +114,8 @@ def read_done(fields: dict[str, Any], op: str) -> tuple[Done, list[Trace]]:
         if op != "step":
             raise BrokenWorker("a prompt that nobody asked for")
         _check_messages(fields["prompt"], "begin")
+    if fields["sequence"] is not None and (op != "step" or fields["prompt"] is not None or fields["sequence"] < 0):
+        raise BrokenWorker(f"the sequence {shown(fields['sequence'])}")
     if not is_plain(fields["tools"], MAX_DEPTH) or not all(isinstance(x, dict) for x in fields["tools"] or ()):
         raise BrokenWorker(f"schemas that are none: {shown(fields['tools'])}")
     if fields["action"] is not None and not is_message(fields["action"], ["assistant"]):
@@ -118,6 +123,14 @@ def read_done(fields: dict[str, Any], op: str) -> tuple[Done, list[Trace]]:
     told = {field.name: fields[field.name] for field in dataclasses.fields(Done) if field.name != "failure"}
     told["judged"] = {name: _judgement(value) for name, value in fields["judged"].items()}
     return Done(**told, failure=None if kind is None else (kind, one_line(message))), _traces(fields["traces"])
+
+
+def asked_digest(asked: Any) -> str:
+    """Tells apart what an environment has the policy read next. asked: with `messages`, `prompt`, `tools` and
+    `sequence`, as in `Done`.
+    """
+    told = [asked.messages, asked.prompt, asked.tools, asked.sequence]
+    return hashlib.blake2b(json.dumps(told, sort_keys=True).encode(), digest_size=12).hexdigest()
 
 
 def nonce_of(frame: bytes) -> tuple[str, dict[str, Any]]:

@@ -26,13 +26,14 @@ from typing import Any, Literal, Self
 
 from rewards.batch import sort_of
 from rewards.contract import RewardSpec
-from rewards.environment import Message
+from rewards.environment import Message, TurnTokens
 from rewards.environment_replies import (
     LABEL,
     TOOLS_LABEL,
     TOOLS_NAME,
     Done,
     LoadedEnvironment,
+    asked_digest,
     nonce_of,
     read_done,
     read_loaded,
@@ -58,6 +59,7 @@ class EnvironmentReply:
     """The answer to one request.
 
     prompt: of a step that begins again what the policy reads next in place of all that was said; else None.
+    sequence: the number of the sequence that the messages of a step follow; None: the same as that of the turn.
     tools: of an agent that begins, or begins again, the JSON schemas that the policy is shown; else None.
     messages: of a begin the prompt, messages or the text of a text prompt; of a step the observations. action: the
       turn as the environment understood it, a message of the assistant with `tool_calls`; None where there is none.
@@ -83,6 +85,7 @@ class EnvironmentReply:
     judged: dict[str, float | Failure | None] = dataclasses.field(default_factory=dict)
     prompt: str | list[Message] | None = None
     tools: list[dict[str, Any]] | None = None
+    sequence: int | None = None
 
 
 def reply_of(fields: Mapping[str, Any]) -> EnvironmentReply:
@@ -97,11 +100,15 @@ def reply_of(fields: Mapping[str, Any]) -> EnvironmentReply:
 
 @dataclasses.dataclass
 class _Call:
-    """A request about an episode, and a digest of its answer once it was answered."""
+    """A request about an episode, and digests of its answer once it was answered: of all of it, and of what the policy
+    reads next. An agent that makes several calls at a time is told the second, so that they come in the same order when
+    it plays again.
+    """
 
     op: Op
     fields: dict[str, Any]
     answer: bytes | None = None
+    expects: str | None = None
 
 
 @dataclasses.dataclass(eq=False)
@@ -178,7 +185,7 @@ class _Worker(SupervisedProcess):
             nonce = secrets.token_hex(8)
             self.running[nonce] = running
             about = {"op": call.op, "episode": episode.number, "limit": running.limit, "nonce": nonce}
-            self._send({**call.fields, **about})
+            self._send({**call.fields, **about, "expects": call.expects})
 
     def _may_run(self, episode: _Episode) -> bool:
         """Whether an episode may be asked beside those that are. One that may have ended its worker is asked alone."""
@@ -330,9 +337,10 @@ class EnvironmentRunner:
         """The name of the environment that plays a row, and the row as it is sent. Raises ValueError as `begin`."""
         return self.environment_of(row), encode(dict(row), "a row of the data")
 
-    def begin(self, episode: int, row: Mapping[str, Any], seed: int) -> None:
+    def begin(self, episode: int, row: Mapping[str, Any], seed: int, expects: str | None = None) -> None:
         """Opens an episode; the reply holds its prompt, and comes when a worker has room for it. episode: a number that
-        no other running episode has. row: the data row. seed: of all that is random in it, in [0, 2**63).
+        no other running episode has. row: the data row. seed: of all that is random in it, in [0, 2**63). expects: the
+        digest of what it asked when it was played before (`asked_digest`), where it was.
 
         Raises ValueError for a row whose environment is not known, or with a value that cannot be sent.
         """
@@ -340,13 +348,16 @@ class EnvironmentRunner:
         self._failed.pop(episode, None)
         name, encoded = self.check(row)
         fields = {"environment": name, "row": encoded, "seed": int(seed)}
-        begun = _Episode(episode, self._kinds[name].is_async, [_Call("begin", fields)])
+        begun = _Episode(episode, self._kinds[name].is_async, [_Call("begin", fields, expects=expects)])
         self._episodes[episode] = begun
         self._place(begun)
 
-    def step(self, episode: int, text: str) -> None:
-        """Hands a turn to an episode: the text that the policy drew, with special tokens, without its end marker."""
-        self._ask(episode, _Call("step", {"text": text}))
+    def step(self, episode: int, text: str, tokens: TurnTokens | None = None, expects: str | None = None) -> None:
+        """Hands a turn to an episode: the text that the policy drew, with special tokens, without its end marker.
+        tokens: what it took, for agents; None: they are not told. expects: as in `begin`.
+        """
+        fields = {"text": text, "tokens": None if tokens is None else dataclasses.astuple(tokens)}
+        self._ask(episode, _Call("step", fields, expects=expects))
 
     def finish(self, episode: int, reason: str, facts: EpisodeFacts | None = None) -> None:
         """Ends an episode; the reply holds the reward of the whole of it, where its environment gives one. reason: why
@@ -540,7 +551,7 @@ class EnvironmentRunner:
             why = "it answered something else when it was played again in a fresh worker, with the same seed and turns"
             self._fail(episode, ("replay", why))
             return
-        call.answer, episode.place = digest, episode.place + 1
+        call.answer, call.expects, episode.place = digest, asked_digest(done), episode.place + 1
         if is_new:
             episode.seconds, episode.is_suspect, episode.num_idle_deaths = episode.seconds + done.seconds, False, 0
             told = {field.name: getattr(done, field.name) for field in dataclasses.fields(Done)}
@@ -605,5 +616,6 @@ class EnvironmentRunner:
 
 def _digest(done: Done) -> bytes:
     """What a call that is made again must answer."""
-    text = json.dumps([done.messages, done.prompt, done.tools, done.action, done.reward, done.done], sort_keys=True)
+    told = [done.messages, done.prompt, done.tools, done.sequence, done.action, done.reward, done.done]
+    text = json.dumps(told, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=16).digest()

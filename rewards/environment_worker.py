@@ -31,7 +31,7 @@ from rewards.agent import AgentPlayer
 from rewards.agent_server import AgentServer
 from rewards.calling import Clock, RandomState, TimeLimit, task_factory, task_in
 from rewards.contract import BoundReward
-from rewards.environment import Message, Step
+from rewards.environment import Message, Step, TurnTokens
 from rewards.environment_kinds import Kind, Player, load_kind, tools_alone
 from rewards.environment_replies import LABEL, TOOLS_LABEL, TOOLS_NAME
 from rewards.environment_rewards import EpisodeFacts, judge, load_rewards
@@ -107,6 +107,7 @@ class _Done:
     judged: dict[str, Any] = dataclasses.field(default_factory=dict)  # {function: number, None, or [kind, message]}
     prompt: str | list[Message] | None = None
     tools: list[dict[str, Any]] | None = None  # that the policy is shown from here on, where an agent says so
+    sequence: int | None = None
 
 
 class _Worker:
@@ -249,10 +250,11 @@ class _Worker:
     async def _do(self, request: Mapping[str, Any], episode: _Episode) -> _Done:
         player = episode.player
         if request["op"] == "begin":
-            prompt = checked_prompt(await player.reset(request["row"], request["seed"]))
+            how = (request["expects"],) if isinstance(player, AgentPlayer) else ()
+            prompt = checked_prompt(await player.reset(request["row"], request["seed"], *how))
             return _Done(prompt, tools=_tools_of(player))
         if request["op"] == "step":
-            return await self._step(request["text"], episode)
+            return await self._step(request, episode)
         reward, metrics = await player.finish()
         done = _Done(reward=_reward(reward), metrics=checked_metrics(metrics))
         if request["facts"] is not None:
@@ -273,12 +275,13 @@ class _Worker:
             except BaseException as error:  # noqa: BLE001  user code raises what it likes; it is counted, shown
                 done.judged[name] = self._failure(error)
 
-    async def _step(self, text: str, episode: _Episode) -> _Done:
+    async def _step(self, request: Mapping[str, Any], episode: _Episode) -> _Done:
+        text = request["text"]
         action: Message = {"role": "assistant", "content": text}
         functions = {**self._functions, **episode.player.functions}
         episode.num_turns += 1
         if isinstance(episode.player, AgentPlayer):
-            return await self._answer_agent(action, episode.player, episode)
+            return await self._answer_agent(action, episode.player, episode, request)
         if not functions and not episode.kind.has_own_tools:
             return _stepped(await episode.player.step(action), action, [], 0, 0)
         turn = self._parse(text)
@@ -295,7 +298,9 @@ class _Worker:
         step = await episode.player.step(action) if is_for_player else Step()
         return _stepped(step, action, observations, len(turn.calls), num_bad)
 
-    async def _answer_agent(self, action: Message, player: AgentPlayer, episode: _Episode) -> _Done:
+    async def _answer_agent(
+        self, action: Message, player: AgentPlayer, episode: _Episode, request: Mapping[str, Any]
+    ) -> _Done:
         """Hands a turn to an agent, which runs its tools itself. What cannot be read as a call is text."""
         turn = self._parse(action["content"]) if player.parses else Turn(action["content"], ())
         made = [
@@ -305,7 +310,8 @@ class _Worker:
         ]
         if made:
             action |= {"content": turn.content, "tool_calls": _told_calls(made)}
-        step = await player.step(action)
+        tokens = None if request["tokens"] is None else TurnTokens(*request["tokens"])
+        step = await player.step(action, tokens, request["expects"])
         done = _stepped(step, action, [], len(turn.calls), len(turn.calls) - len(made))
         if step.prompt is not None:
             done.tools = _tools_of(player)
@@ -360,9 +366,17 @@ def _stepped(step: Step, action: Message, observations: list[Message], num_calls
         prompt = checked_prompt(step.prompt, "step")
         if said:
             raise Rejected("not_a_step", "step gave messages and a prompt, and the policy reads the prompt only")
+    sequence = step.sequence
+    if sequence is not None:
+        if prompt is not None:
+            raise Rejected("not_a_step", "step gave a prompt and a sequence, and a prompt begins another sequence")
+        if type(sequence) is not int or sequence < 0:
+            raise Rejected("not_a_step", f"step gave the sequence {short(sequence)}, it must be a number from 0")
     messages = observations + said
     reward, metrics = _reward(step.reward), checked_metrics(step.metrics)
-    return _Done(messages, action, reward, bool(step.done), metrics, num_calls, num_bad, prompt=prompt)
+    return _Done(
+        messages, action, reward, bool(step.done), metrics, num_calls, num_bad, prompt=prompt, sequence=sequence
+    )
 
 
 def _told_calls(calls: Sequence[tuple[Call, str]]) -> list[dict[str, Any]]:

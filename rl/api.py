@@ -28,7 +28,7 @@ from rl.grpo_trainer import train as train_by
 from rl.rollout.evaluation import EvalResult
 from rl.run.metrics import read_metrics
 from rl.run_folder.folder import check_trust, load_run_config, read_run
-from rl.run_folder.remote_steps import local_metrics, local_source
+from rl.run_folder.remote_steps import local_report, local_source
 from rl.state.origin import tokenizer_from_config
 from rl.tools.checkpoints.export import export
 from rl.tools.evaluate import evaluate_source
@@ -66,7 +66,7 @@ class Run:
         """metrics.jsonl as a table, with a row for each step and a column for each metric."""
         import pandas
 
-        lines = read_metrics(local_metrics(self.path))
+        lines = read_metrics(local_report(self.path, metrics_only=True))
         return pandas.DataFrame(lines or {"step": []}).set_index("step")
 
     def evaluate(self) -> EvalResult:

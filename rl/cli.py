@@ -301,12 +301,20 @@ COMMANDS = {
             Exit status 0; 1 where a right answer, the column `answer`, does not score above junk.""",
     ),
     "report": Command(
-        module="rl.tools.report",
-        arguments="RUN [RUN ...] [--output PNG]",
-        summary="plot a run's curves and print its summary",
+        module="rl.tools.report.report",
+        arguments="RUN [RUN ...] [--output FILE] [--watch]",
+        summary="show runs as a page, and print their summary",
         details="""\
-            RUN            one or more run folders, drawn over each other
-            --output PNG   the picture to write; reward.png in the first run folder when left out""",
+            RUN            one or more run folders, compared with each other
+            --output FILE  the page to write (.html), or the curves as a picture (.png, .pdf, .svg); report.html in the
+                           first run folder when left out
+            --samples N    samples of each run in the page; of more, whole steps are left out. 1600 when left out
+            --watch        serve the page on this machine (127.0.0.1) and follow the runs while they train; writes no
+                           file, and Ctrl-C ends it
+            --port N       of --watch; any free port when left out: the address is printed
+
+            The page is one file that needs no network: curves, times of phases, distributions, samples with the values
+            of their tokens, warnings, configuration and environment.""",
     ),
 }
 

@@ -10,9 +10,27 @@ import sys
 import traceback
 from typing import TextIO
 
+# What a name on the command line may stand for; `missing` says it of one that stands for nothing.
+RUN = "a run folder (the output_dir of `grpo train` or `grpo sft`)"
+RECIPE = "a YAML recipe"
+MODEL = "a run folder, a Hugging Face folder, a YAML recipe, or a hub id that this machine can reach"
+
 TRACEBACK_VARIABLE = "GRPO_TRACEBACK"
 READER_GONE = 141  # exit status
 OWN_PACKAGES = ("rewards", "rl")
+
+
+def missing(what: str, rule: str, got: object, hint: str = "") -> ValueError:
+    """The error about a folder, a file or a model that is not there. All commands say it in these words.
+
+    Args:
+      what: the argument or key that names it. rule: what it must be. hint: a way out, or what was tried.
+    """
+    text = str(got) if len(str(got)) <= 200 else f"{str(got)[:190]}..."
+    way_out = f"; {hint}" if hint else ""
+    return ValueError(
+        f"{what} must be {rule}, got {text!r}, which does not exist (working directory {os.getcwd()}){way_out}"
+    )
 
 
 def status_without_stdout(error: BaseException) -> int | None:

@@ -27,11 +27,13 @@ from collections.abc import Sequence
 from rl.algorithms.from_config import loss_config
 from rl.config.load import Config
 from rl.data.prompts import load_prompts
+from rl.data.token_texts import TokenTexts
 from rl.devices.mesh import check_sharded, create_mesh, no_implicit_transfers
 from rl.models.flavours import policy_from_config
 from rl.rollout.collector import Collector
 from rl.rollout.environments import start_episodes
-from rl.rollout.groups import minibatches, sample_records, with_advantages
+from rl.rollout.groups import minibatches, with_advantages
+from rl.rollout.kept import kept_samples, step_values
 from rl.rollout.reward_model import open_reward_models, weight_bytes
 from rl.rollout.scoring import start_rewards
 from rl.run.announce import announce, warn_about_prompts, warn_about_sampling
@@ -65,7 +67,7 @@ def train(config: Config, check_only: bool = False, trust: bool = False) -> path
         starts.
     """
     with contextlib.ExitStack() as stack:
-        log = stack.enter_context(RunLog(config.grpo.steps))
+        log = stack.enter_context(RunLog(config))
 
         # prompts: what is asked
         tokenizer = tokenizer_from_config(config)
@@ -116,7 +118,7 @@ def train(config: Config, check_only: bool = False, trust: bool = False) -> path
         warn_about_prompts(log, config, origin, tokenizer)
         if check_only:  # ends here
             collector.report_rewards(is_new=True)
-            log.message(run.would_do("grpo train", config.grpo.steps))
+            log.last_word(run.would_do("grpo train", config.grpo.steps))
             return run.path
 
         # states: from the newest checkpoint, or new
@@ -131,6 +133,7 @@ def train(config: Config, check_only: bool = False, trust: bool = False) -> path
         # loop
         stack.enter_context(log.recording(run.path, progress.steps_done))  # from here on metrics go to files
         stack.enter_context(collector.journal(run.path))  # and episodes, until a checkpoint has their step
+        texts = TokenTexts(tokenizer)  # of the tokens of samples
         if progress.steps_done == 0:
             log.baseline(collector.evaluate_if_due(state, steps_done=0))
         for step in range(progress.steps_done, config.grpo.steps):
@@ -150,7 +153,8 @@ def train(config: Config, check_only: bool = False, trust: bool = False) -> path
             metrics = {**checkup.metrics, **collector.evaluate_if_due(state, steps_done)}
             # 5. write the step's line and samples
             num_samples = len(rollout.texts) if checkup.keep_samples else config.logging.samples_per_step
-            log.step(steps_done, metrics, rollout.num_tokens, sample_records(rollout, num_samples))
+            samples = kept_samples(rollout, num_samples, texts)
+            log.step(steps_done, metrics, rollout.num_tokens, samples, step_values(rollout))
             log.warnings([*rollout.problems, *checkup.warnings])
             checkups.raise_if_stuck(checkup)  # this step is not saved; its line and its samples show why
             # 6. remember where the loop stands; save where it is due

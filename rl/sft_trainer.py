@@ -55,7 +55,7 @@ def train(config: Config, check_only: bool = False, trust: bool = False) -> path
             f"{config.compiled_file!r}; leave it out"
         )
     with contextlib.ExitStack() as stack:
-        log = stack.enter_context(RunLog(config.sft.steps, "sft.steps"))
+        log = stack.enter_context(RunLog(config, "sft.steps"))
         # pairs: what is imitated
         tokenizer = tokenizer_from_config(config)
         pairs = load_pairs(config, tokenizer)
@@ -93,7 +93,7 @@ def train(config: Config, check_only: bool = False, trust: bool = False) -> path
         checkpoints = run.begin(mesh, init_policy_fn, abstract_state)
         announce_supervised(log, pairs, len(held_out), origin, tokenizer, policy, run)
         if check_only:
-            log.message(run.would_do("grpo sft", config.sft.steps))
+            log.last_word(run.would_do("grpo sft", config.sft.steps))
             return run.path
 
         # state: from the newest checkpoint, or new

@@ -90,7 +90,7 @@ def test_a_run_evaluates_and_samples_and_exports_itself(run, tmp_path):
     table = run.sample(["2+2=", "1+1="], n=2, temperature=0.5)
     assert list(zip(table["prompt_index"], table["sample_index"], strict=True)) == [(0, 0), (0, 1), (1, 0), (1, 1)]
     assert list(table["prompt"][:2]) == ["2+2=", "2+2="]
-    assert list(run.sample("2+2=", n=2, temperature=0.5)["text"]) == list(table["text"][:2])
+    assert list(run.sample("2+2=", n=2, temperature=0.5)["completion"]) == list(table["completion"][:2])
     assert (run.export(tmp_path / "folder") / "config.json").is_file()
 
 

@@ -118,9 +118,48 @@ def test_a_users_error_is_told_without_a_traceback(tmp_path, capsys):
     assert main(["report", str(tmp_path)]) == 2
     captured = capsys.readouterr()
     assert captured.err == (
-        f"error: {tmp_path / 'metrics.jsonl'} does not exist; "
-        "a run folder is the output_dir of a `grpo train` or `grpo sft` run\n"
+        f"error: RUN must be a run folder (the output_dir of `grpo train` or `grpo sft`), got {str(tmp_path)!r}, which "
+        "has no metrics.jsonl\n"
     )
+    assert captured.out == ""
+
+
+RECIPE = "examples/arithmetic/sft.yml"
+MISSING = [  # command, with ./none in the place of what is missing, and the argument that names it
+    ("train ./none", "CONFIG"),
+    ("sft ./none.yml", "CONFIG"),
+    ("compile ./none", "CONFIG"),
+    ("data bench ./none.yml", "CONFIG"),
+    ("rewards check ./none.yml", "CONFIG"),
+    ("checkpoint bench ./none", "CONFIG"),
+    ("eval ./none", "MODEL"),
+    ("sample ./none --prompt x", "MODEL"),
+    ("serve ./none", "MODEL"),
+    (f"data passrate ./none {RECIPE} --output ./x.jsonl", "MODEL"),
+    ("lora merge ./none ./nowhere ./out", "MODEL"),
+    ("quantize ./none ./out", "MODEL"),
+    ("export ./none ./out", "RUN"),
+    ("report ./none", "RUN"),
+    ("lora extract ./none ./out", "RUN"),
+    ("sample --replay ./none 1 0 0", "RUN"),
+    ("checkpoint inspect ./none", "CHECKPOINT"),
+    ("checkpoint verify ./none", "CHECKPOINT"),
+    ("lora inspect ./none", "an adapter"),
+    (f"sample {RECIPE} --prompts ./none --output ./x.jsonl", "--prompts"),
+    (f"sft {RECIPE} data.source=./none.jsonl data.args={{operation: null, digits: null}}", "data source"),
+    (f"sft {RECIPE} model.source=./none", "model.source"),
+    (f"sft {RECIPE} tokenizer.source=./none", "tokenizer.source"),
+]
+
+
+@pytest.mark.parametrize(("command", "what"), MISSING, ids=[command for command, _ in MISSING])
+def test_what_is_missing_is_said_in_one_way_by_all_commands(command, what, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    arguments = [part.replace("~", " ") for part in command.replace(": ", ":~").replace(", ", ",~").split()]
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    said = rf"error: {what} must be .*, got '(\./)?none[.a-z]*', which does not exist \(working directory {ROOT}\)"
+    assert re.match(said, captured.err), captured.err
     assert captured.out == ""
 
 
@@ -269,6 +308,7 @@ def test_every_third_party_import_is_a_dependency():
     project = read_pyproject()["project"]
     extras = project["optional-dependencies"]
     requirements = [*project["dependencies"], *extras["gcs"], *extras["s3"], *extras["rewards"], *extras["serve"]]
+    requirements += [*extras["tensorboard"], *extras["mlflow"]]
     names = {re.split(r"[<>=]", requirement)[0].lower().replace("-", "_") for requirement in requirements}
     distributions = {"google": "google_tunix", "tunix": "google_tunix", "orbax": "orbax_checkpoint", "yaml": "pyyaml"}
     distributions |= {"aiohttp": "gcsfs", "botocore": "s3fs", "etils": "orbax_checkpoint", "referencing": "jsonschema"}

@@ -12,8 +12,8 @@ import time
 from rl import grpo_trainer, sft_trainer
 from rl.config.load import load_config
 from rl.devices.programs import use_compilation_cache
-from rl.tools import report
 from rl.tools.evaluate import evaluate_source
+from rl.tools.report import report
 
 HERE = pathlib.Path(__file__).resolve().parent
 

@@ -22,7 +22,7 @@ from rl.algorithms.loss_types import (
 
 # Metrics of every loss that are means over something else than the policy ratio belongs to. `LossType.belongs_to` holds
 # those of one loss.
-BELONGS_TO = {"kl": "token", "off_policy_kept": "sequence"}
+BELONGS_TO = {"kl": "token", "off_policy/kept_share": "sequence"}
 
 
 class MetricSums(NamedTuple):
@@ -62,15 +62,15 @@ def metric_sums(
 
     if entropy_BT is not None:
         add_mean("entropy", entropy_BT, mask_BT)
-    add_mean("ratio_mean", sequences.ratio_BX, ratio_where)
-    add_max("ratio_max", sequences.ratio_BX, ratio_where)
+    add_mean("ratio/mean", sequences.ratio_BX, ratio_where)
+    add_max("ratio/max", sequences.ratio_BX, ratio_where)
     for name, values_BX in means.items():
         if config.custom_term is not None and name not in belongs_to:
             where_BX = mask_BT if values_BX.shape == mask_BT.shape else real_B1
         else:
             where_BX = {"token": mask_BT, "sequence": real_B1}.get(belongs_to.get(name, ""), ratio_where)
         add_mean(name, values_BX, where_BX)
-    if "clip_ratio_low_mean" in means:
+    if "clip_ratio/low_mean" in means:
         # The extremes are over the means of the sequences. A sequence without tokens has a mean only at sequence level.
         row_where_B1 = real_B1 if by_sequence else jnp.any(mask_BT, axis=1, keepdims=True)
         width_B1 = jnp.ones_like(sequences.lengths_B1) if by_sequence else sequences.lengths_B1
@@ -78,24 +78,24 @@ def metric_sums(
         def row_means(name: str) -> jax.Array:
             return jnp.sum(jnp.where(ratio_where, means[name], 0), axis=1, keepdims=True, dtype=dtype) / width_B1
 
-        add_min("clip_ratio_low_min", row_means("clip_ratio_low_mean"), row_where_B1)
-        add_max("clip_ratio_high_max", row_means("clip_ratio_high_mean"), row_where_B1)
+        add_min("clip_ratio/low_min", row_means("clip_ratio/low_mean"), row_where_B1)
+        add_max("clip_ratio/high_max", row_means("clip_ratio/high_mean"), row_where_B1)
     if inputs.sampler_logprobs_BT is not None:
         difference_BT, scored_BT = sampler_difference(
             sequences.old_BT, inputs.sampler_logprobs_BT.astype(dtype), mask_BT
         )
-        add_mean("sampler_logprob_difference_mean", jnp.abs(difference_BT), scored_BT)
-        add_max("sampler_logprob_difference_max", jnp.abs(difference_BT), scored_BT)
+        add_mean("drawn_difference/mean", jnp.abs(difference_BT), scored_BT)
+        add_max("drawn_difference/max", jnp.abs(difference_BT), scored_BT)
     if sequences.sampler_ratio_BX is not None:
         assert inputs.sampler_logprobs_BT is not None
         sampler_where = real_B1 if config.sampler_is_mode.startswith("sequence") else mask_BT
-        add_min("sampler_ratio_min", sequences.sampler_ratio_BX, sampler_where)
-        add_mean("sampler_ratio_mean", sequences.sampler_ratio_BX, sampler_where)
-        add_max("sampler_ratio_max", sequences.sampler_ratio_BX, sampler_where)
+        add_min("sampler_ratio/min", sequences.sampler_ratio_BX, sampler_where)
+        add_mean("sampler_ratio/mean", sequences.sampler_ratio_BX, sampler_where)
+        add_max("sampler_ratio/max", sequences.sampler_ratio_BX, sampler_where)
         raw_BX = raw_sampler_ratio(sequences.old_BT, inputs.sampler_logprobs_BT.astype(dtype), mask_BT, config)
         is_below_BX, is_above_BX = beyond_bounds(raw_BX, config)
-        add_mean("sampler_ratio_raw_mean", raw_BX, sampler_where)
-        add_mean("sampler_ratio_cut_share", is_below_BX | is_above_BX, mask_BT)
+        add_mean("sampler_ratio/raw_mean", raw_BX, sampler_where)
+        add_mean("sampler_ratio/cut_share", is_below_BX | is_above_BX, mask_BT)
     return sums
 
 
@@ -134,16 +134,17 @@ def finish_metrics(sums: MetricSums) -> dict[str, jax.Array]:
     - policy_loss: the loss without entropy bonus and positive NLL, before division by the accumulation steps;
     - kl: the estimate in use, times the policy ratio if use_bias_correction_kl;
     - entropy, selected_entropy: nats per token, over all tokens and over those of the entropy quantile;
-    - ratio_mean, ratio_max: of policy to old probabilities;
-    - clip_ratio_{low,high,region}_mean: share where the clip holds the gradient back; low_min, high_max: of sequences;
-    - cispo_clip_ratio, vespo_phi_mean, off_policy_kept: of the option they are named after;
-    - dppo_masked, gmpo_clip_ratio: share of tokens outside the trust region, or clipped;
-    - what a user's loss calls its metrics;
+    - ratio/mean, ratio/max: of policy to old probabilities;
+    - clip_ratio/{low,high,region}_mean: share where the clip holds the gradient back; low_min, high_max: of sequences;
+    - cispo/clip_ratio, vespo/phi_mean, off_policy/kept_share: of the option they are named after;
+    - dppo/masked_share, gmpo/clip_ratio: share of tokens outside the trust region, or clipped;
+    - loss_term/NAME: what a user's loss calls its metrics;
     - positive_nll: nats per token of the completions with A > 0;
-    - sampler_logprob_difference_{mean,max}: absolute, old against sampler, in nats;
-    - sampler_ratio_{min,mean,max}: as the loss takes it, cut at its bounds or 0 beyond them;
-    - sampler_ratio_raw_mean: before that; far from 1 means that sampler and trainer do not agree;
-    - sampler_ratio_cut_share: share of tokens whose ratio, or whose sequence's ratio, was beyond its bounds.
+    - drawn_difference/{mean,max}: absolute, old log-probs against those in the distribution that was drawn from, in
+      nats;
+    - sampler_ratio/{min,mean,max}: as the loss takes it, cut at its bounds or 0 beyond them;
+    - sampler_ratio/raw_mean: before that; far from 1 means that sampler and trainer do not agree;
+    - sampler_ratio/cut_share: share of tokens whose ratio, or whose sequence's ratio, was beyond its bounds.
     """
     means = {name: value / jnp.maximum(sums.weights[name], 1) for name, value in sums.numerators.items()}
     extremes = {

@@ -294,9 +294,9 @@ def _clipped_term(sequences: Sequences, config: LossConfig) -> tuple[jax.Array, 
     is_low = (capped < low) & (sequences.advantages_BX < 0)
     is_high = (capped > high) & (sequences.advantages_BX > 0)
     return term, {
-        "clip_ratio_low_mean": is_low,
-        "clip_ratio_high_mean": is_high,
-        "clip_ratio_region_mean": is_low | is_high,
+        "clip_ratio/low_mean": is_low,
+        "clip_ratio/high_mean": is_high,
+        "clip_ratio/region_mean": is_low | is_high,
     }
 
 
@@ -304,7 +304,7 @@ def _cispo_term(sequences: Sequences, config: LossConfig) -> tuple[jax.Array, di
     # The weight is a constant by definition: every token keeps the REINFORCE gradient, at a capped strength.
     weight = stop_gradient(jnp.minimum(sequences.ratio_BX, config.upper_epsilon))
     is_capped = (sequences.ratio_BX > config.upper_epsilon) & (sequences.advantages_BX > 0)
-    return -weight * sequences.advantages_BX * sequences.logprobs_BT, {"cispo_clip_ratio": is_capped}
+    return -weight * sequences.advantages_BX * sequences.logprobs_BT, {"cispo/clip_ratio": is_capped}
 
 
 def _sapo_term(sequences: Sequences, config: LossConfig) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -328,7 +328,7 @@ def _vespo_term(sequences: Sequences, config: LossConfig) -> tuple[jax.Array, di
     phi_B1 = jnp.exp(decay + exponent * log_weight_B1 - decay * jnp.exp(log_weight_B1))
     # A constant by definition (as in cispo): it weights the REINFORCE gradient of the whole sequence.
     phi_B1 = stop_gradient(jnp.where(jnp.isfinite(phi_B1), phi_B1, 0))
-    return -phi_B1 * sequences.advantages_BX * sequences.logprobs_BT, {"vespo_phi_mean": phi_B1}
+    return -phi_B1 * sequences.advantages_BX * sequences.logprobs_BT, {"vespo/phi_mean": phi_B1}
 
 
 def _dppo_tv_term(sequences: Sequences, config: LossConfig) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -365,7 +365,7 @@ def _dppo_term(
         weight_BT = jnp.minimum(weight_BT, config.delta)
     # weight * gradient of log p is the gradient of the ratio. A capped ratio itself would have no gradient.
     weight_BT = stop_gradient(jnp.where(masked_BT, 0, weight_BT))
-    return -weight_BT * sequences.advantages_BX * sequences.logprobs_BT, {"dppo_masked": masked_BT}
+    return -weight_BT * sequences.advantages_BX * sequences.logprobs_BT, {"dppo/masked_share": masked_BT}
 
 
 def _gmpo_term(sequences: Sequences, config: LossConfig) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -374,7 +374,7 @@ def _gmpo_term(sequences: Sequences, config: LossConfig) -> tuple[jax.Array, dic
     is_high = (sequences.advantages_BX > 0) & (sequences.log_ratio_BT > config.upper_epsilon)
     clipped_BT = jnp.where(is_low, -config.epsilon, jnp.where(is_high, config.upper_epsilon, sequences.log_ratio_BT))
     ratio_B1 = importance_ratio(clipped_BT, sequences.mask_BT, "sequence")
-    return -ratio_B1 * sequences.advantages_BX, {"gmpo_clip_ratio": is_low | is_high}
+    return -ratio_B1 * sequences.advantages_BX, {"gmpo/clip_ratio": is_low | is_high}
 
 
 # ---- Normalisers: the divisor of the sum over the minibatch, before gradient accumulation ----
@@ -430,7 +430,7 @@ LOSS_TYPES: dict[str, LossType] = {
         sampler_is_modes=("token_truncate", "token_mask"),
         builds_in_sampler_ratio=True,
         is_of_sequences=True,
-        belongs_to={"vespo_phi_mean": "sequence"},
+        belongs_to={"vespo/phi_mean": "sequence"},
     ),
     "dppo_tv": LossType(
         _dppo_tv_term,
@@ -438,7 +438,7 @@ LOSS_TYPES: dict[str, LossType] = {
         averages_within_sequence=False,
         needs_advantage=True,
         sampler_is_modes=(),
-        belongs_to={"dppo_masked": "token"},
+        belongs_to={"dppo/masked_share": "token"},
     ),
     "dppo_kl": LossType(
         _dppo_kl_term,
@@ -446,7 +446,7 @@ LOSS_TYPES: dict[str, LossType] = {
         averages_within_sequence=False,
         needs_advantage=True,
         sampler_is_modes=(),
-        belongs_to={"dppo_masked": "token"},
+        belongs_to={"dppo/masked_share": "token"},
     ),
     "gmpo": LossType(
         _gmpo_term,
@@ -455,7 +455,7 @@ LOSS_TYPES: dict[str, LossType] = {
         needs_advantage=True,
         sampler_is_modes=("sequence_truncate", "sequence_mask"),
         is_of_sequences=True,
-        belongs_to={"gmpo_clip_ratio": "token"},
+        belongs_to={"gmpo/clip_ratio": "token"},
     ),
 }
 

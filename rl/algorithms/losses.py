@@ -214,10 +214,12 @@ def grpo_loss(
         )
 
     term, means = loss_type.policy_term(sequences, config)
+    if config.custom_term is not None:  # a name of the user's must not be one of ours
+        means = {f"loss_term/{name}": values for name, values in means.items()}
     if config.off_policy_mask_threshold is not None:
         kept_B1 = _kept_on_policy(sequences, inputs.sampler_logprobs_BT, config.off_policy_mask_threshold)
         term = term * kept_B1
-        means["off_policy_kept"] = kept_B1
+        means["off_policy/kept_share"] = kept_B1
     selected_BT = _selected(entropy_BT, mask_BT, denominators.entropy_threshold, config)
     if config.selects_by_entropy:
         term = term * selected_BT

@@ -17,11 +17,15 @@ from typing import Any
 
 import pydantic
 
+from rl.config.peer_keys import advice
 from rl.config.ranges import check_plain, check_possible_path
 from rl.config.rules import check_config
 from rl.config.sections import FREE_FORM, LIST_ENTRIES, ONE_OR_MAPPING, Config, flatten, to_dict
 from rl.config.yaml_text import MOST_DEPTH, read_yaml, write_yaml
+from rl.errors import RECIPE, missing
 from rl.files.json_file import shown
+
+CONFIG = "CONFIG"  # the argument of commands
 
 # Keys that may change when a run is resumed, because they do not change what a step computes. The number of steps does,
 # where the learning rate falls towards the last step: see `differences`. The size of a step does, too: the run goes on
@@ -60,12 +64,13 @@ RESUMABLE_KEYS = (
     "eval",
     "health",
     "logging",
+    "profile",
 )
 
 # Sections, and keys of other sections, that change no compiled program.
 _NO_PROGRAM = (
     *("output_dir", "compiled_file", "tokenizer", "data", "rewards", "sft"),
-    *("distributed", "checkpoint", "eval", "health", "logging"),
+    *("distributed", "checkpoint", "eval", "health", "logging", "profile"),
 )
 _NO_PROGRAM_KEYS = (
     *("model.source", "lora.adapter", "sampling.warm_up", "grpo.preset", "grpo.advantage_estimator"),
@@ -189,8 +194,10 @@ def _packaged(name: str) -> pathlib.Path:
     return (inside if inside.is_dir() else package.parent / "configs") / name
 
 
-def _read_recipe(path: pathlib.Path, seen: tuple[pathlib.Path, ...] = ()) -> dict:
-    """A recipe merged over the recipes that it inherits from. The caller lays the result over base.yml."""
+def _read_recipe(path: pathlib.Path, seen: tuple[pathlib.Path, ...] = (), what: str = CONFIG) -> dict:
+    """A recipe merged over the recipes that it inherits from. The caller lays the result over base.yml. what: names the
+    recipe, for messages.
+    """
     check_possible_path("a config", str(path))
     if not path.is_file():
         packaged = _packaged(path.name)
@@ -201,7 +208,7 @@ def _read_recipe(path: pathlib.Path, seen: tuple[pathlib.Path, ...] = ()) -> dic
             way_out = f"name {str(inside)!r}" if inside.is_file() else "name a file"
             raise ValueError(f"a config must be a YAML recipe, got the folder {str(path)!r}; {way_out}")
         else:
-            raise ValueError(f"config file {shown(str(path))} does not exist (working directory {os.getcwd()})")
+            raise missing(what, RECIPE if what != CONFIG else f"{RECIPE} or a run folder", path)
     path = path.resolve()
     if path == _packaged("base.yml").resolve():
         return {}  # its values are the defaults; as a recipe's own they would win over a preset
@@ -217,7 +224,8 @@ def _read_recipe(path: pathlib.Path, seen: tuple[pathlib.Path, ...] = ()) -> dic
         return recipe
     check_possible_path(f"{path}: inherit", parent)
     beside = path.parent / parent
-    return _merge(_read_recipe(beside if beside.is_file() else pathlib.Path(parent), (*seen, path)), recipe)
+    inherited = beside if beside.is_file() else pathlib.Path(parent)
+    return _merge(_read_recipe(inherited, (*seen, path), f"{path}: inherit"), recipe)
 
 
 def _read_yaml(path) -> dict:
@@ -292,7 +300,9 @@ def _check_keys(layer: Mapping, known: set[str]) -> None:
             raise ValueError(f"{key} must be a mapping of keys, got {shown(value)}")
         if key not in known and key not in sections:
             near = _nearest(key, sorted(known)) if len(key) < 100 else None  # comparing takes the square of its length
-            hint = f"; did you mean {near!r}?" if near else ""
+            is_name_of_ours = any(name.rpartition(".")[2] == key.rpartition(".")[2] for name in known)
+            said = advice(key, is_name_of_ours) or (f"did you mean {near!r}?" if near else None)
+            hint = f"; {said}" if said else ""
             raise ValueError(f"unknown config key {shown(key)}{hint} (configs/base.yml lists every key)")
 
 

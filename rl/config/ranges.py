@@ -29,7 +29,7 @@ PATH_KEYS = (
     *("data.source", "data.eval_source", "data.prepare", "data.sources.*.source", "data.sources.*.prepare"),
     *("data.few_shot", "data.sources.*.few_shot"),
     *("rollout.tools.*", "rollout.environment", "rollout.environment.*", "rollout.agent"),
-    *("rewards.functions.*.function", "logging.compilation_cache"),
+    *("rewards.functions.*.function", "logging.compilation_cache", "logging.trackers.*"),
     *("grpo.loss_type", "grpo.advantage_estimator", "sampling.source", "checkpoint.staging"),
 )
 
@@ -212,6 +212,10 @@ RANGES = {
     "health.trend_window": Range(10),
     "health.patience": _SIZE,
     "logging.samples_per_step": _COUNT,
+    "logging.table_every": _COUNT,
+    "logging.tracker_queue": Range(1, 1e6),
+    "logging.tracker_wait_seconds": Range(0, 1e6, above=True),
+    "profile.steps.*": _SIZE,
 }
 
 

@@ -15,6 +15,7 @@ from rl.config.ranges import check_ranges
 from rl.config.sections import (
     ENVIRONMENT,
     ESTIMATOR_NAMES,
+    TRACKER_NAMES,
     TUNIX_PREFIX,
     Config,
     is_user_function,
@@ -38,6 +39,7 @@ def check_config(config: Config) -> None:
     _check_group_sizes(config)
     _check_source(config)
     _check_rollout(config)
+    _check_logging(config)
     _check_optimizer(config)
     _check_mesh(config)
     _check_distributed(config)
@@ -501,6 +503,45 @@ def _check_source(config: Config) -> None:
                 f"{key} must be {json.dumps(needed)} with sampling.source, which draws in the place of the sampler "
                 f"that it belongs to, got {shown(value)}; leave it out"
             )
+
+
+def _check_logging(config: Config) -> None:
+    """Trackers with their arguments, and the steps of a profile."""
+    names, args = config.logging.trackers, config.logging.tracker_args
+    known = f"one of {shown(list(TRACKER_NAMES))} or path/to/file.py:make_tracker"
+    for name in names:
+        if name not in TRACKER_NAMES and not is_user_function(name):
+            raise ValueError(f"logging.trackers must hold {known}, got {shown(name)}")
+    if len(set(names)) < len(names):
+        raise ValueError(f"logging.trackers must name each tracker once, got {shown(names)}")
+    for name, settings in args.items():
+        if name not in (*names, *TRACKER_NAMES):
+            raise ValueError(
+                f"logging.tracker_args must be for {shown(names)} (logging.trackers) or another of "
+                f"{shown(list(TRACKER_NAMES))}, got {shown(name)}"
+            )
+        if not isinstance(settings, dict):
+            raise ValueError(f"logging.tracker_args.{name} must be a mapping, got {shown(settings)}")
+        for key, value in settings.items():
+            if name in TRACKER_NAMES and (_is_secret_name(str(key)) or _has_password(value)):
+                raise ValueError(
+                    f"logging.tracker_args.{name} must hold no passwords or keys, which config.yml would show, got "
+                    f"{key!r}; set them in the environment (docs/trackers.md)"
+                )
+    steps = config.profile.steps
+    if steps and (len(steps) != 2 or steps[0] > steps[1]):
+        raise ValueError(f"profile.steps must be [first, last] or [], got {shown(steps)}")
+    if config.profile.memory and not steps:
+        raise ValueError("profile.steps must name [first, last] with profile.memory, got []; for example [10, 12]")
+
+
+def _is_secret_name(key: str) -> bool:
+    return re.search(r"(^|_)(key|token|password|passwd|secret|credentials?)$", key.lower()) is not None
+
+
+def _has_password(value: Any) -> bool:
+    """Whether a setting is a URL with a password, or with a token in its query."""
+    return isinstance(value, str) and re.search(r"://[^/@\s]+:[^/@\s]+@|[?&]\w*(token|key)=", value) is not None
 
 
 def _check_rollout(config: Config) -> None:

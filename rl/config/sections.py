@@ -24,11 +24,15 @@ FREE_FORM = (
     "sampling.source_args",
     "sampling.logit_bias",
     "rollout.environment",
+    "logging.tracker_args",
     "mesh.axes",
     "mesh.dcn",
     "mesh.rules",
     "mesh.rollout_rules",
 )
+
+# The trackers that logging.trackers takes by name; each is a module of `rl.run.trackers`.
+TRACKER_NAMES = ("tensorboard", "wandb", "trackio", "mlflow")
 
 ENVIRONMENT = "environment"  # the name of the reward that environments give
 ONE_OR_MAPPING = ("rollout.environment",)  # of these, keys whose value may also be one text, or null
@@ -475,6 +479,20 @@ class LoggingSection:
 
     samples_per_step: int
     compilation_cache: str | None
+    table_every: int
+    quiet: bool
+    trackers: list[str]
+    tracker_args: dict[str, Any]
+    tracker_queue: int
+    tracker_wait_seconds: float
+
+
+@dataclass(frozen=True, config=_STRICT)
+class ProfileSection:
+    """Which steps are traced."""
+
+    steps: list[int]
+    memory: bool
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -502,6 +520,7 @@ class Config:
     eval: EvalSection
     health: HealthSection
     logging: LoggingSection
+    profile: ProfileSection
 
     @property
     def is_without_data(self) -> bool:

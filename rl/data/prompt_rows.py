@@ -8,6 +8,7 @@ Legend: T token positions.
 """
 
 import dataclasses
+import json
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -45,6 +46,18 @@ class PromptRow:
     where: str = ""
     source: int = 0
     asked: Any = None
+
+
+def answer_of(row: PromptRow) -> dict[str, Any]:
+    """{"answer": the gold answer} for a record of a completion, as a JSON value; empty where the row has none."""
+    if "answer" not in row.columns:
+        return {}
+    answer = row.columns["answer"]
+    try:
+        json.dumps(answer)
+    except (TypeError, ValueError):
+        answer = str(answer)  # a date, for instance
+    return {"answer": answer}
 
 
 def with_examples(section: DataSection, key: str) -> DataSection:

@@ -32,13 +32,15 @@ from rl.data.table_files import (
     split_slice,
 )
 from rl.data.tasks import Row, is_procedural, procedural_rows
+from rl.errors import missing
 from rl.files.json_file import briefly, shown
 from rl.files.stores import is_remote, local_copy
 
-_SOURCE_RULE = (
-    "data source must be x.jsonl, .json, .csv, .tsv, .parquet, .arrow or .txt, a folder, a hub id that this machine "
-    "can reach, arithmetic or reasoning_gym:TASK"
+_SOURCES = (
+    "x.jsonl, .json, .csv, .tsv, .parquet, .arrow or .txt, a folder, a hub id that this machine can reach, arithmetic "
+    "or reasoning_gym:TASK"
 )
+_SOURCE_RULE = f"data source must be {_SOURCES}"
 # The arguments that files take, by their endings. `datasets` checks those of the last two.
 _FILE_ARGS: dict[str, tuple[str, ...] | None] = {
     ".jsonl": (),
@@ -258,7 +260,7 @@ def open_source(source: str, args: Mapping[str, Any], seed: int) -> RowSource:
 def check_file(path: pathlib.Path, source: str, args: Mapping[str, Any]) -> None:
     """ValueError where there is no such file, or one of its kind takes no such argument. `source`: its name."""
     if not path.is_file():
-        raise ValueError(f"data source {source!r} must be an existing file (working directory {os.getcwd()})")
+        raise missing("data source", f"a {path.suffix} file", source)
     takes = _FILE_ARGS[kind_of(path)]
     unknown = [name for name in args if takes is not None and name not in takes]
     if unknown:
@@ -429,7 +431,7 @@ def _open_data_set(source: str, args: Mapping[str, Any]) -> RowSource:
     if folder.is_file() or (kind_of(folder) in _OTHER_FILES and not folder.is_dir()):
         raise ValueError(f"{_SOURCE_RULE}, got {source!r}, a file of another kind; write it as one of these, unpacked")
     if not folder.is_dir() and not _HUB_ID.fullmatch(source):
-        raise ValueError(f"{_SOURCE_RULE}, got {source!r}, which does not exist (working directory {os.getcwd()})")
+        raise missing("data source", _SOURCES, source)
     import datasets
 
     for path in sorted(folder.rglob("*.parquet")):

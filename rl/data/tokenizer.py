@@ -15,7 +15,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from rl.files.json_file import Fields, check_files, check_is_file, read_object, shown
+from rl.errors import MODEL, missing
+from rl.files.json_file import Fields, briefly, check_files, check_is_file, read_object, shown
 from rl.files.stores import local_copy
 from rl.files.untrusted import Untrusted, UntrustedError
 
@@ -422,23 +423,21 @@ def download_tokenizer(source: str, key: str) -> pathlib.Path:
     """The local copy of the tokenizer files of a hub repository, which may have none. key: what names the source, for
     messages: tokenizer.source, model.source, or MODEL of a command. ValueError where there is no such repository.
     """
-    rule, hint = f"{key} must be a folder that exists, a hub id that this machine can reach, or 'byte'", ""
+    rule, hint = "a Hugging Face folder, a hub id that this machine can reach, or 'byte'", ""
     if key == "model.source":
-        rule = f"{key} must be a folder that exists or a hub id that this machine can reach"
-        hint = "; `grpo sft` writes OUTPUT_DIR/export after its last step, `grpo export RUN FOLDER` any folder"
+        rule = "a Hugging Face folder or a hub id that this machine can reach"
+        hint = "`grpo sft` writes OUTPUT_DIR/export after its last step, `grpo export RUN FOLDER` any folder"
     if key == "MODEL":
-        rule = (
-            f"{key} must be a run folder, a Hugging Face folder, a YAML recipe, or a hub id that this machine can reach"
-        )
-    hint = f", and no such folder exists (working directory {os.getcwd()}){hint}"
+        rule = MODEL
     if not _HUB_ID.fullmatch(source):
-        raise ValueError(f"{rule}, got {source!r}{hint}")
+        raise missing(key, rule, source, hint)
     import huggingface_hub
 
     try:
         return pathlib.Path(huggingface_hub.snapshot_download(source, allow_patterns=_TOKENIZER_FILES))
     except (OSError, ValueError) as error:  # no network and not in the cache, no such repository, no access
-        raise ValueError(f"{rule}, got {source!r}{hint}: {type(error).__name__}: {error}") from error
+        tried = f"the hub says: {briefly(error)}"
+        raise missing(key, rule, source, f"{hint}; {tried}" if hint else tried) from error
 
 
 def _fast_tokenizer_class() -> "type[PreTrainedTokenizerFast]":

@@ -17,7 +17,7 @@ from rewards.contract import RewardSpec
 from rewards.environment_rewards import asks_for_environments
 from rewards.environment_runner import EnvironmentRunner
 from rewards.replies import FAILURES, Failure
-from rewards.tool_calls import format_of_template
+from rewards.tool_calls import FORMATS, format_of_template
 from rl.config.load import Config
 from rl.data.prompt_rows import PromptRow
 from rl.data.tokenizer import Tokenizer
@@ -90,6 +90,12 @@ def start_episodes(
     tool_format: str = section.tool_format
     if tool_format == "auto" and config.data.chat and tokenizer.has_chat_template:
         tool_format = format_of_template(tokenizer.backend.get_chat_template()) or "auto"
+        if tool_format == "auto" and section.agent is not None and _may_call(tokenizer, section.tool_role):
+            raise ValueError(
+                f"rollout.tool_format must be one of {', '.join(FORMATS)} with rollout.agent, got 'auto': "
+                f"{tokenizer.template_name} shows the policy the tools of an agent, and calls of them in no format "
+                "that is known; an agent without tools may name any"
+            )
     columns = sorted({name for row in rows for name in row.columns})
     specs = [
         RewardSpec(entry.label, entry.function, entry.weight, entry.kwargs, entry.calls)
@@ -137,6 +143,14 @@ def start_episodes(
         with_tools = functools.partial(make_turns, config, tokenizer, eos_ids)
         how = limits, EnvironmentReward(), section.in_order, places, judges, with_tools
         yield EpisodeSource(environments, turns, tokenizer, *how)
+
+
+def _may_call(tokenizer: Tokenizer, tool_role: str) -> bool:
+    """Whether the policy may be told of tools that an agent brings: by the template, or by what the agent writes."""
+    asked = [{"role": "user", "content": "What now?"}]
+    function = {"name": "look", "description": "Looks.", "parameters": {"type": "object", "properties": {}}}
+    tool = {"type": "function", "function": function}
+    return tool_role == "user" or tokenizer.render(asked, [tool]) != tokenizer.render(asked)
 
 
 def make_turns(config: Config, tokenizer: Tokenizer, eos_ids: Sequence[int], tools: Sequence[dict[str, Any]]) -> Turns:

@@ -5,6 +5,7 @@ what went wrong. Not here: how episodes are drawn (`rl.rollout.episodes`).
 """
 
 import dataclasses
+import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -34,8 +35,8 @@ class EpisodeSequence:
 
     Attributes:
       prompt_ids: what the policy read before its first turn.
-      prompt: the same as messages or text, of a further sequence. first: the number of messages before it, of those
-        that came after the episode's prompt.
+      prompt: the same as messages or text, of a further sequence. messages: what came after it.
+      sample: the number of the sample whose randomness a further sequence has.
       turns: as they were drawn.
       token_ids, trained: of all turns and observations, and whether the policy drew each.
     """
@@ -45,7 +46,8 @@ class EpisodeSequence:
     token_ids: list[int] = dataclasses.field(default_factory=list)
     trained: list[bool] = dataclasses.field(default_factory=list)
     prompt: Prompt = ""
-    first: int = 0
+    messages: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    sample: int = -1
 
     @property
     def num_drawn(self) -> int:
@@ -71,10 +73,12 @@ class Episode:
     Attributes:
       prompt: what the environment's reset asked.
       sequences: at least one. There are more where an agent goes on with other tokens than those that are there.
-      messages: what came after the prompt: turns, and observations between them.
+        current: the one that goes on.
+      messages: what came after the prompt, in time: turns, and observations between them.
       unread: observations behind the last turn, which the policy did not read.
       prompt_ids, token_ids, trained: of the first sequence.
-      turns: of all sequences. num_turns, num_tool_calls, num_bad_tool_calls: counts.
+      turns: of all sequences, one sequence after the other. places: the sequence of each turn, in time.
+      num_turns, num_tool_calls, num_bad_tool_calls: counts.
       reward: the sum of what the environment gave; None where it gave nothing. rewards: what it gave after each turn,
         which may be fewer than the turns.
       judged: what each reward function that asks for environments gave: a number, None, or a failure.
@@ -84,6 +88,8 @@ class Episode:
 
     prompt: Prompt = ""
     sequences: list[EpisodeSequence] = dataclasses.field(default_factory=lambda: [EpisodeSequence()])
+    current: int = 0
+    places: list[int] = dataclasses.field(default_factory=list)
     messages: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     unread: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     num_tool_calls: int = 0
@@ -141,18 +147,41 @@ class Episode:
     @property
     def now(self) -> EpisodeSequence:
         """The sequence that goes on."""
-        return self.sequences[-1]
+        return self.sequences[self.current]
+
+    @property
+    def last_turn(self) -> Completion | None:
+        """The turn that was drawn last."""
+        return self.sequences[self.places[-1]].turns[-1] if self.places else None
 
     @property
     def history(self) -> list[dict[str, Any]]:
         """The conversation so far, as the policy has read it. A prompt of text is what a user said."""
-        prompt = self.prompt if len(self.sequences) == 1 else self.now.prompt
+        prompt = self.now.prompt if self.current else self.prompt
         prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        return [*prompt, *self.messages[self.now.first :]]
+        return [*prompt, *self.now.messages]
 
-    def begin_again(self, prompt: Prompt, prompt_ids: Sequence[int]) -> None:
-        """Goes on in another sequence."""
-        self.sequences.append(EpisodeSequence([*prompt_ids], prompt=prompt, first=len(self.messages)))
+    def say(self, messages: Sequence[dict[str, Any]]) -> None:
+        """Notes what was said in the sequence that goes on."""
+        self.messages.extend(messages)
+        self.now.messages.extend(messages)
+
+    def add_turn(self, turn: Completion) -> None:
+        """Puts a turn behind the sequence that goes on."""
+        self.places.append(self.current)
+        self.now.add_turn(turn)
+
+    def begin_again(self, prompt: Prompt, prompt_ids: Sequence[int], first_sample: int, num_samples: int) -> None:
+        """Goes on in another sequence. Its randomness follows from its prompt, so that it does not matter when it
+        begins: it is that of a sample that no episode has. first_sample: the number of the episode's sample, of
+        `num_samples`.
+        """
+        num_alike = sum(sequence.prompt_ids == [*prompt_ids] for sequence in self.sequences)
+        content = np.array([num_alike, *prompt_ids], np.int64).tobytes()
+        number = int.from_bytes(hashlib.blake2b(content, digest_size=8).digest()) % (2**31 // num_samples - 1) + 1
+        sample = first_sample + num_samples * number
+        self.sequences.append(EpisodeSequence([*prompt_ids], prompt=prompt, sample=sample))
+        self.current = len(self.sequences) - 1
 
     def add_reward(self, reward: float) -> None:
         """Adds what the environment gave after the last turn."""
@@ -165,7 +194,9 @@ class Episode:
         """Leaves out sequences of which nothing was drawn, and loses the episode where more than `max_sequences` are
         left: a train step holds no more of them.
         """
-        self.sequences = [sequence for sequence in self.sequences if sequence.turns] or self.sequences[:1]
+        kept = [place for place, sequence in enumerate(self.sequences) if sequence.turns] or [0]
+        self.sequences, self.current = [self.sequences[place] for place in kept], 0
+        self.places = [kept.index(place) for place in self.places]
         if self.failure is None and len(self.sequences) > max_sequences:
             self.failure = too_many_sequences(len(self.sequences), max_sequences)
         if self.failure is not None and self.failure[0] == TOO_MANY_SEQUENCES:
@@ -288,6 +319,8 @@ def record_of(episode: Episode) -> dict[str, Any]:
         "tool_calls": episode.num_tool_calls,
         "ended": episode.ended,
     }
+    if len(episode.sequences) > 1:
+        record["turn_sequences"] = episode.places
     if any(reward is not None for reward in episode.rewards):
         record["turn_rewards"] = episode.rewards + [None] * (episode.num_turns - len(episode.rewards))
     if episode.unread:

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from rewards.environment import TurnTokens
 from rewards.environment_rewards import EpisodeFacts
 from rewards.environment_runner import EnvironmentReply
 from rewards.in_process import InProcess
@@ -180,7 +181,7 @@ class _Call:
         if journal is not None:
             self._environments = RecordedEnvironments(source.environments, journal, self.keys)
         self._turns_P = [source.turns_of(row) for row in rows]
-        self._turns_of_agents: dict[int, Turns] = {}  # by place
+        self._turns_of_agents: dict[tuple[int, int], Turns] = {}  # by place and sequence
         self._with_tools = source.with_tools
         self._limits, self._session, self._sampling = source.limits, session, sampling
         self._in_order, self._num_asked = source.in_order, 0
@@ -268,8 +269,8 @@ class _Call:
         if failure is None:
             episode.prompt = reply.messages
             try:
-                self._show_tools(b, reply)
-                episode.sequences[0].prompt_ids = self._prompt_ids(b, reply.messages, "what reset returns")
+                self._show_tools(b, 0, reply)
+                episode.sequences[0].prompt_ids = self._prompt_ids(b, 0, reply.messages, "what reset returns")
             except ValueError as error:
                 failure = "prompt", str(error)
         if failure is not None:
@@ -298,17 +299,17 @@ class _Call:
             self._to_draw[p][place] = limit
         self._repeat(p)
 
-    def _turns(self, b: int) -> Turns:
-        return self._turns_of_agents.get(b, self._turns_P[b // self._num_samples])
+    def _turns(self, b: int, sequence: int) -> Turns:
+        return self._turns_of_agents.get((b, sequence), self._turns_P[b // self._num_samples])
 
-    def _show_tools(self, b: int, reply: EnvironmentReply) -> None:
-        """Has the tools of an agent shown from here on. ValueError where the chat template cannot show them."""
+    def _show_tools(self, b: int, sequence: int, reply: EnvironmentReply) -> None:
+        """Has the tools of an agent shown in a sequence. ValueError where the chat template cannot show them."""
         if reply.tools is not None:
-            self._turns_of_agents[b] = self._with_tools(reply.tools)
+            self._turns_of_agents[b, sequence] = self._with_tools(reply.tools)
 
-    def _prompt_ids(self, b: int, prompt: Prompt, what: str) -> list[int]:
-        """The ids of a prompt of an episode. ValueError where it is none, or too long."""
-        prompt_ids = self._turns(b).prompt_ids(prompt)
+    def _prompt_ids(self, b: int, sequence: int, prompt: Prompt, what: str) -> list[int]:
+        """The ids of the prompt of a sequence. ValueError where it is none, or too long."""
+        prompt_ids = self._turns(b, sequence).prompt_ids(prompt)
         if not 1 <= len(prompt_ids) <= self._limits.prompt_tokens:
             most = f"data.max_prompt_length ({self._limits.prompt_tokens})"
             raise ValueError(f"{what} must have 1 to {most} tokens, got {len(prompt_ids)}")
@@ -349,10 +350,9 @@ class _Call:
         requests, places = [], []
         for number, members in enumerate(prompts.values()):
             for place in members:
-                sequences = self._episodes[place].sequences
-                # A further sequence has the randomness of a sample that no episode has.
-                sample = place % self._num_samples + self._num_samples * (len(sequences) - 1)
-                begun, limit = tuple(sequences[-1].token_ids), limits[place]
+                sequence, limit = self._episodes[place].now, limits[place]
+                sample = sequence.sample if self._episodes[place].current else place % self._num_samples
+                begun = tuple(sequence.token_ids)
                 requests.append(Request(number, int(self._indices[p]), sample, limit, None, begun))
                 places.append(place)
         if not requests:
@@ -366,7 +366,8 @@ class _Call:
         """Hands a turn to the environment, or ends the episode at a limit."""
         episode = self._episodes[b]
         self._drawing.discard(b)
-        episode.now.add_turn(completion)
+        num_read = len(episode.now.prompt_ids) + len(episode.now.token_ids)
+        episode.add_turn(completion)
         if episode.failure is not None:  # its environment was lost meanwhile
             self._leave_session(b)
             self._over.append(b)
@@ -378,16 +379,17 @@ class _Call:
                 episode.ended = MAX_TOKENS
         # Also where a limit has cut the turn: the environment judges what there is.
         text = self._tokenizer.decode(_without_end(completion), skip_special_tokens=False)
+        tokens = TurnTokens(num_read, len(completion.token_ids), completion.finish_reason == "length")
         if self._journal is not None:
-            self._journal.add_turn(self.keys[b], episode.num_turns - 1, completion, text)
-        self._environments.step(b, text)
+            self._journal.add_turn(self.keys[b], episode.num_turns - 1, completion, text, tokens)
+        self._environments.step(b, text, tokens)
         self._num_asked += 1
 
     def _go_on(self, b: int, reply: EnvironmentReply) -> None:
         """Puts the observation behind the turn, or ends the episode."""
         episode = self._episodes[b]
         assert reply.action is not None
-        episode.messages.append(reply.action)
+        episode.say([reply.action])
         episode.num_tool_calls += reply.num_tool_calls
         episode.num_bad_tool_calls += reply.num_bad_tool_calls
         assert not isinstance(reply.messages, str), "observations are messages"
@@ -398,7 +400,14 @@ class _Call:
         if reply.prompt is not None:
             self._begin_again(b, reply, reply.prompt)
             return
-        last, turns = episode.now.turns[-1], self._turns(b)
+        if reply.sequence is not None and reply.sequence != episode.current:
+            if reply.sequence >= len(episode.sequences):
+                rule = f"step gave the sequence {reply.sequence}, the episode has {len(episode.sequences)}, from 0 on"
+                self._fail(b, ("not_a_step", rule), is_running=True)
+                return
+            self._leave_session(b)
+            episode.current = reply.sequence
+        last, turns = episode.now.turns[-1], self._turns(b, episode.current)
         has_ended = last.finish_reason == "eos" and last.stop_reason in turns.end_ids
         try:
             ids = turns.observation_ids(episode.history, observations, has_ended)
@@ -410,7 +419,7 @@ class _Call:
         if left <= 0 or room <= 0:
             self._end(b, MAX_DRAWN if left <= 0 else MAX_TOKENS)
             return
-        episode.messages.extend(observations)
+        episode.say(observations)
         episode.unread = []
         episode.now.add_read(ids)
         limit = len(episode.now.token_ids) + min(left, room, self._limits.turn_tokens)
@@ -420,19 +429,27 @@ class _Call:
             self._session.go_on(self._numbers[b], ids, limit)
             self._drawing.add(b)
         else:
-            self._to_draw[b // self._num_samples][b] = limit
+            self._draw_later(b, limit)
+
+    def _draw_later(self, b: int, limit: int) -> None:
+        """Has a turn submitted to the session, when its group's recorded turns are told again."""
+        p = b // self._num_samples
+        self._to_draw[p][b] = limit
+        if b in self._repeating[p]:
             self._stop_repeating(b)
+        elif not self._repeating[p]:
+            self._submit(p)
 
     def _begin_again(self, b: int, reply: EnvironmentReply, prompt: Prompt) -> None:
         """Has the next turn drawn behind another prompt."""
-        episode, p = self._episodes[b], b // self._num_samples
-        count = len(episode.sequences) + 1
+        episode, number = self._episodes[b], len(self._episodes[b].sequences)
+        count = number + 1
         if count > self._limits.sequences:
             self._fail(b, too_many_sequences(count, self._limits.sequences), is_running=True)
             return
         try:
-            self._show_tools(b, reply)
-            prompt_ids = self._prompt_ids(b, prompt, "the prompt of a step")
+            self._show_tools(b, number, reply)
+            prompt_ids = self._prompt_ids(b, number, prompt, "the prompt of a step")
         except ValueError as error:
             self._fail(b, ("prompt", str(error)), is_running=True)
             return
@@ -441,20 +458,16 @@ class _Call:
             self._end(b, MAX_DRAWN)
             return
         self._leave_session(b)
-        episode.begin_again(prompt, prompt_ids)
+        episode.begin_again(prompt, prompt_ids, b % self._num_samples, self._num_samples)
         episode.unread = []
         if (turn := self._recorded_turn(b)) is not None:
             self._end_turn(b, turn)
             return
-        self._to_draw[p][b] = min(left, self._limits.tokens, self._limits.turn_tokens)
-        if b in self._repeating[p]:
-            self._stop_repeating(b)
-        elif not self._repeating[p]:
-            self._submit(p)
+        self._draw_later(b, min(left, self._limits.tokens, self._limits.turn_tokens))
 
     def _most_tokens(self, b: int) -> int:
         """Tokens that a sequence may have: less where the prompts of its group differ, see `shared_prompt`."""
-        if len(self._episodes[b].sequences) > 1:
+        if self._episodes[b].current:
             return self._limits.tokens
         first = b - b % self._num_samples
         # As in `shared_prompt`: an episode that is lost later has its part in what the group shares.
@@ -493,8 +506,8 @@ def _facts(tokenizer: Tokenizer, seeds: Sequence[int], moment: Moment, b: int, e
     prompt, ids = episode.prompt, episode.all_ids
     completion = tokenizer.decode(ids) if isinstance(prompt, str) else episode.told
     asked = prompt if isinstance(prompt, str) else split_prefill(prompt)[0]
-    is_cut = episode.ended in (MAX_DRAWN, MAX_TOKENS) or not episode.turns
-    reason = "length" if is_cut else episode.turns[-1].finish_reason
+    last = episode.last_turn
+    reason = "length" if last is None or episode.ended in (MAX_DRAWN, MAX_TOKENS) else last.finish_reason
     return EpisodeFacts(asked, completion, list(ids), reason, seeds[b], moment)
 
 

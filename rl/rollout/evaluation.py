@@ -14,9 +14,9 @@ from typing import Any
 import jax
 
 from rewards.moment import Moment
-from rewards.rubric import summarize
+from rewards.rubric import summarize, weighted_sum
 from rewards.runner import RewardRunner
-from rl.data.prompt_rows import PromptRow
+from rl.data.prompt_rows import PromptRow, answer_of
 from rl.data.tokenizer import Tokenizer
 from rl.rollout.episode import episode_metrics, record_of
 from rl.rollout.episodes import EpisodeSource
@@ -42,7 +42,7 @@ class SourceResult:
         """The result as parts of keys of metrics.jsonl."""
         low, high = self.interval
         scalars = {"accuracy": self.accuracy, "accuracy_low": low, "accuracy_high": high, "prompts": self.num_prompts}
-        return scalars | {f"reward/{name}": mean for name, mean in self.means.items()}
+        return scalars | {f"reward/{name}/mean": mean for name, mean in self.means.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +57,8 @@ class EvalResult(SourceResult):
       means: {function: mean reward}; None where it judged nothing. left_out: names of functions that compare
         completions, which were not run.
       completion_length: mean number of tokens. truncated_share: the share of completions that hit the length limit.
-      samples: a dict for each prompt: prompt, completion, rewards, finish_reason, and what reward functions logged.
+      samples: a record of each completion with the fields of samples.jsonl, see `rl.rollout.groups.sample_records`.
+        Without advantages; `reward` is the weighted sum of the functions that were run.
       logged: {reward/FUNCTION/METRIC: mean} of the metrics that reward functions logged; of episodes also what they
         were like, see `rl.rollout.episode.episode_metrics`.
       sources: {name: result} of the sources of a mixture, where more than one has prompts here; else empty.
@@ -72,7 +73,7 @@ class EvalResult(SourceResult):
 
     def metrics(self) -> dict[str, float | None]:
         """The result as keys of metrics.jsonl. Those of a source begin with its name."""
-        lengths = {"completion_length": self.completion_length, "truncated_share": self.truncated_share}
+        lengths = {"completion_length/mean": self.completion_length, "truncated_share": self.truncated_share}
         scalars = super().metrics() | lengths | self.logged
         for source, result in self.sources.items():
             scalars |= {f"{source}/{name}": value for name, value in result.metrics().items()}
@@ -122,14 +123,21 @@ def evaluate(
     texts, result = scored.texts, scored.result
     completions = [group[0] for group in scored.completions]
     all_names = [spec.name for spec in runner.specs]
+    weights = [spec.weight for spec in runner.specs if spec.name in names]
     rewards = [[row[all_names.index(name)] for name in names] for row in result.rewards]
     counts = accuracy_function(runner, accuracy_reward)
     of_sources = _by_source(rows, rewards, sources)
     samples = [
         {
+            "prompt_index": b,
+            "sample_index": 0,
             "prompt": row.prompt,
             "completion": text,
+            **answer_of(row),
             "rewards": dict(zip(names, values, strict=True)),
+            "reward": weighted_sum(values, weights),
+            "num_tokens": len(done.token_ids),
+            "token_ids": done.token_ids.tolist(),
             "finish_reason": done.finish_reason,
             **({"logged": logged} if logged else {}),
             **(record_of(scored.episodes[b]) if scored.episodes else {}),

@@ -23,7 +23,7 @@ from rl.algorithms.from_config import estimator_of, label
 from rl.algorithms.turn_advantages import turn_advantages
 from rl.config.load import Config
 from rl.config.sections import ENVIRONMENT
-from rl.data.prompt_rows import PromptRow
+from rl.data.prompt_rows import PromptRow, answer_of
 from rl.rollout.episode import (
     Episode,
     episode_metrics,
@@ -40,6 +40,7 @@ from rl.sampler.contract import Completion
 from rl.training.packing import TrainCompletion, TrainGroup, TrainSequence
 
 _EXECUTION = ("errors", "timeouts", "retries", "seconds_mean", "seconds_max")  # of each function
+_KINDS = tuple(kind for kind in COUNTS if kind != "timeout")  # of failures, beside `timeouts`
 OVERLONG = "overlong"  # name of the reward that is the punishment of https://arxiv.org/abs/2503.14476, eq. 13
 
 
@@ -258,9 +259,8 @@ def with_advantages(config: Config, judged: Judged) -> Rollout:
     for name, summary in summarize(judged.rewards, judged.names).items():
         metrics[f"reward/{name}/mean"] = math.nan if summary.mean is None else summary.mean
         metrics[f"reward/{name}/std"] = math.nan if summary.std is None else summary.std
-        for failure, count in judged.counts.get(name, {}).items():
-            if count:
-                metrics[f"reward/{name}/{failure}"] = count
+        counts = judged.counts.get(name, {})
+        metrics |= {f"reward/{name}/{kind}": counts[kind] for kind in _KINDS if counts.get(kind)}
     metrics |= _execution(judged)
     if config.grpo.aggregation == "sum_then_normalize":  # else every function has the same spread
         metrics |= variance_shares(rewards_BK, weights, judged.names, group_size)
@@ -355,7 +355,7 @@ def logged_metrics(sums: Mapping[str, Sums], taken: Collection[str]) -> dict[str
         for name, mean in means(own).items():
             key = f"reward/{function}/{name}"
             # In every step, whether it is there or not.
-            is_taken = key in taken or name in ("mean", "std", *COUNTS, *_EXECUTION, VARIANCE)
+            is_taken = key in taken or name in ("mean", "std", *_KINDS, *_EXECUTION, VARIANCE)
             found[f"reward/{function}/logged_{name}" if is_taken else key] = mean
     return found
 
@@ -409,6 +409,8 @@ def _to_train(
 def sample_records(rollout: Rollout, count: int | None = None) -> list[dict[str, Any]]:
     """The first `count` completions (None: all) of as many different prompts as possible, for samples.jsonl.
 
+    `answer` is that of the data row; it is left out where the row has none. `reward` is the weighted sum of `rewards`,
+    None where no function judged. `num_tokens` counts `token_ids`.
     `trained` is 1 for tokens that the policy drew; it is left out where that is all of them. `further` has the prompt's
     and own tokens of each further sequence of an episode. `logged` has by function what it keeps with the completion;
     it is left out where that is nothing.
@@ -429,9 +431,11 @@ def sample_records(rollout: Rollout, count: int | None = None) -> list[dict[str,
                 "sample_index": completion.sample_index,
                 "prompt": rollout.rows[p].prompt,
                 "completion": rollout.texts[b],
+                **answer_of(rollout.rows[p]),
                 "rewards": rewards,
+                "reward": None if math.isnan(rollout.weighted_B[b]) else float(rollout.weighted_B[b]),
                 "advantage": float(rollout.advantages_B[b]),
-                "tokens": len(completion.token_ids),
+                "num_tokens": len(completion.token_ids),
                 "token_ids": completion.token_ids.tolist(),
                 "finish_reason": completion.finish_reason,
             }

@@ -31,6 +31,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rewards.environment import TurnTokens
 from rewards.environment_runner import EnvironmentReply, reply_of
 from rewards.replies import Result
 from rl.config.load import Config
@@ -48,13 +49,14 @@ _ARRAYS = ("sampler_logprobs", "policy_logprobs", "top_ids", "top_logprobs", "ke
 
 @dataclasses.dataclass
 class Recorded:
-    """What is known of an episode. row: the digest of its data row and seed. texts: of its turns. replies: of its
-    environment, in order: begin, each step, finish. rewards: of the whole episode, by function.
+    """What is known of an episode. row: the digest of its data row and seed. said: what its environment was told of
+    each turn, the text and what it took. replies: of its environment, in order: begin, each step, finish. rewards: of
+    the whole episode, by function.
     """
 
     row: str = ""
     turns: list[Completion] = dataclasses.field(default_factory=list)
-    texts: list[str] = dataclasses.field(default_factory=list)
+    said: list[tuple[str, TurnTokens | None]] = dataclasses.field(default_factory=list)
     replies: list[EnvironmentReply] = dataclasses.field(default_factory=list)
     rewards: dict[str, Result] = dataclasses.field(default_factory=dict)
 
@@ -63,11 +65,11 @@ class Recorded:
         """Whether its environment has said its last word."""
         return bool(self.replies) and (self.replies[-1].op == "finish" or self.replies[-1].failure is not None)
 
-    def add_turn(self, number: int, turn: Completion, text: str) -> None:
+    def add_turn(self, number: int, turn: Completion, text: str, tokens: TurnTokens | None) -> None:
         """Adds a turn. What came behind one of this number is gone."""
-        del self.turns[number:], self.texts[number:], self.replies[number + 1 :]
+        del self.turns[number:], self.said[number:], self.replies[number + 1 :]
         self.turns.append(turn)
-        self.texts.append(text)
+        self.said.append((text, tokens))
         self.rewards.clear()
 
     def add_reply(self, number: int, reply: EnvironmentReply) -> None:
@@ -225,7 +227,9 @@ class Journal:
         if "turn" in line:
             if number > len(episode.turns):
                 raise ValueError("a turn without those before it")
-            episode.add_turn(number, _turn(key, line["turn"]), line["turn"]["text"])
+            tokens = line["turn"].get("tokens")
+            tokens = None if tokens is None else TurnTokens(*tokens)
+            episode.add_turn(number, _turn(key, line["turn"]), line["turn"]["text"], tokens)
             return step
         if number > len(episode.replies):
             raise ValueError("an answer without those before it")
@@ -295,13 +299,14 @@ class StepJournal:
         turns = self._episodes[key].turns
         return turns[number] if number < len(turns) else None
 
-    def add_turn(self, key: Key, number: int, turn: Completion, text: str) -> None:
+    def add_turn(self, key: Key, number: int, turn: Completion, text: str, tokens: TurnTokens | None = None) -> None:
         """Adds a turn that was drawn, unless the same one is there."""
         known = self.recorded_turn(key, number)
         if known is not None and np.array_equal(known.token_ids, turn.token_ids):
             return
-        self._episodes[key].add_turn(number, turn, text)
-        self._add(key, {"n": number, "turn": {"text": text, **_of_turn(turn)}})
+        self._episodes[key].add_turn(number, turn, text, tokens)
+        told = {"text": text, "tokens": None if tokens is None else dataclasses.astuple(tokens)}
+        self._add(key, {"n": number, "turn": {**told, **_of_turn(turn)}})
 
     def add_reply(self, key: Key, reply: EnvironmentReply) -> None:
         """Adds the next answer of an episode's environment."""
@@ -370,9 +375,8 @@ def code_digest(config: Config) -> str:
     """
     section = config.rollout
     functions = [(entry.label, entry.function, entry.kwargs) for entry in config.rewards.functions]
-    text = json.dumps(
-        [digests(code_of(config)), section.environments, section.tools, functions], sort_keys=True, default=repr
-    )
+    codes = [code for code in code_of(config) if code.key != "logging.trackers"]
+    text = json.dumps([digests(codes), section.environments, section.tools, functions], sort_keys=True, default=repr)
     return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
 
 
@@ -386,7 +390,8 @@ def same_answer(reply: EnvironmentReply, other: EnvironmentReply) -> bool:
     """Whether an environment has answered the same. Metrics may be times, so they may differ."""
     failures = [one.failure and one.failure[0] for one in (reply, other)]
     answers = [
-        (one.op, one.messages, one.prompt, one.tools, one.action, one.reward, one.done) for one in (reply, other)
+        (one.op, one.messages, one.prompt, one.tools, one.sequence, one.action, one.reward, one.done)
+        for one in (reply, other)
     ]
     return failures[0] == failures[1] and answers[0] == answers[1]
 

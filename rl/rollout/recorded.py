@@ -10,6 +10,8 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
+from rewards.environment import TurnTokens
+from rewards.environment_replies import asked_digest
 from rewards.environment_rewards import EpisodeFacts
 from rewards.environment_runner import EnvironmentReply
 from rl.rollout.journal import Key, Recorded, StepJournal, row_digest, same_answer
@@ -19,11 +21,12 @@ _WHY = "it answered something else than before the run was stopped, with the sam
 
 
 class _Wanted(NamedTuple):
-    """A request. text: a turn, or why the episode ends. facts: for reward functions at the end."""
+    """A request. text: a turn, or why the episode ends. facts: for reward functions at the end. tokens: of a turn."""
 
     op: Literal["begin", "step", "finish"]
     text: str = ""
     facts: EpisodeFacts | None = None
+    tokens: TurnTokens | None = None
 
 
 @dataclasses.dataclass
@@ -59,7 +62,7 @@ class RecordedEnvironments:
         """The name of the environment that plays a row, see `EnvironmentRunner`, as for the others here."""
         return self._own.environment_of(row)
 
-    def begin(self, episode: int, row: Mapping[str, Any], seed: int) -> None:
+    def begin(self, episode: int, row: Mapping[str, Any], seed: int, expects: str | None = None) -> None:
         """Opens an episode."""
         key = self._keys[episode]
         played = _Played(key, row, seed, self._journal.episode(key, row_digest(row, seed)))
@@ -69,11 +72,11 @@ class RecordedEnvironments:
             return
         if played.recorded.replies:
             played.wanted = _Wanted("begin")
-        self._own.begin(episode, row, seed)
+        self._begin_own(episode, played)
 
-    def step(self, episode: int, text: str) -> None:
+    def step(self, episode: int, text: str, tokens: TurnTokens | None = None, expects: str | None = None) -> None:
         """A turn. Where it is the recorded one, so is the answer."""
-        self._ask(episode, _Wanted("step", text))
+        self._ask(episode, _Wanted("step", text, tokens=tokens))
 
     def finish(self, episode: int, reason: str, facts: EpisodeFacts | None = None) -> None:
         """The end of an episode."""
@@ -106,7 +109,7 @@ class RecordedEnvironments:
 
     def _send(self, episode: int, wanted: _Wanted) -> None:
         if wanted.op == "step":
-            self._own.step(episode, wanted.text)
+            self._own.step(episode, wanted.text, wanted.tokens)
         else:
             self._own.finish(episode, wanted.text, wanted.facts)
 
@@ -121,7 +124,7 @@ class RecordedEnvironments:
         if played.closes is not None:
             closed, played.closes = played.closes, None
             if closed == "for_another":
-                self._own.begin(episode, played.row, played.seed)
+                self._begin_own(episode, played)
             return
         if played.wanted is None:
             self._journal.add_reply(played.key, reply)
@@ -135,7 +138,8 @@ class RecordedEnvironments:
         played.heard += 1
         goal = len(known) if wanted.op == "begin" else played.told
         if played.heard < goal:
-            self._own.step(episode, played.recorded.texts[played.heard - 1])
+            said, answer = played.recorded.said[played.heard - 1], known[played.heard]
+            self._own.step(episode, *said, None if answer.op == "finish" else asked_digest(answer))
             return
         played.wanted = None
         if wanted.op == "begin":
@@ -165,4 +169,8 @@ class RecordedEnvironments:
             played.closes = "for_another"
             self._own.finish(episode, "failure")
         else:
-            self._own.begin(episode, played.row, played.seed)
+            self._begin_own(episode, played)
+
+    def _begin_own(self, episode: int, played: _Played) -> None:
+        known = played.recorded.replies
+        self._own.begin(episode, played.row, played.seed, asked_digest(known[0]) if known else None)

@@ -47,7 +47,7 @@ class RewardModel:
     """
 
     def __init__(self, config: Config, source: str, mesh: Mesh) -> None:
-        self._folder, self._mesh = resolve_source(source), mesh
+        self._folder, self._mesh = resolve_source(source, what="the model"), mesh
         self._model_config = model_config = read_reward_config(self._folder)
         self.tokenizer = load_tokenizer(source, key="rewards.functions.*.function")
         if self.tokenizer.vocab_size > model_config.vocab_size:

@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
+from rewards.environment import TurnTokens
 from rewards.environment_rewards import EpisodeFacts
 from rewards.environment_runner import EnvironmentReply, EnvironmentRunner, reply_of
 
@@ -18,8 +19,8 @@ class Environments(Protocol):
     """What episodes need of environments; see `EnvironmentRunner`."""
 
     def environment_of(self, row: Mapping[str, Any], /) -> str: ...
-    def begin(self, episode: int, row: Mapping[str, Any], seed: int) -> None: ...
-    def step(self, episode: int, text: str) -> None: ...
+    def begin(self, episode: int, row: Mapping[str, Any], seed: int, expects: str | None = None) -> None: ...
+    def step(self, episode: int, text: str, tokens: TurnTokens | None = None, expects: str | None = None) -> None: ...
     def finish(self, episode: int, reason: str, facts: EpisodeFacts | None = None) -> None: ...
     def poll(self, timeout: float) -> list[EnvironmentReply]: ...
     def drop_all(self) -> None: ...
@@ -43,17 +44,17 @@ class SharedEnvironments:
         """The name of the environment that plays a row, see `EnvironmentRunner`."""
         return self._own.environment_of(row)
 
-    def begin(self, episode: int, row: Mapping[str, Any], seed: int) -> None:
+    def begin(self, episode: int, row: Mapping[str, Any], seed: int, expects: str | None = None) -> None:
         """Opens an episode. Raises ValueError as `EnvironmentRunner.begin` does, in every process."""
         if self._is_own(episode):
-            self._own.begin(episode, row, seed)
+            self._own.begin(episode, row, seed, expects)
         else:
             self._own.check(row)
 
-    def step(self, episode: int, text: str) -> None:
+    def step(self, episode: int, text: str, tokens: TurnTokens | None = None, expects: str | None = None) -> None:
         """Hands a turn to an episode."""
         if self._is_own(episode):
-            self._own.step(episode, text)
+            self._own.step(episode, text, tokens, expects)
 
     def finish(self, episode: int, reason: str, facts: EpisodeFacts | None = None) -> None:
         """Ends an episode."""

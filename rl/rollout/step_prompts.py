@@ -102,8 +102,12 @@ def collect(
             f"dynamic sampling: {len(equal) - len(unjudged)} {count.format('have equal rewards')} are trained on as "
             "they are; prompts that are less easy or less hard, or a higher grpo.dynamic_sampling_rounds, would help"
         )
-    metrics = {"refilled": num_refilled, "unfilled": len(equal), "rounds": num_rounds, "prompts": len(taken)}
-    metrics = {f"dynamic_sampling/{name}": float(value) for name, value in metrics.items()}
+    metrics = {
+        "dynamic_sampling/refilled": float(num_refilled),
+        "dynamic_sampling/unfilled": float(len(equal)),
+        "dynamic_sampling/rounds": float(num_rounds),
+        "dynamic_sampling/prompts": float(len(taken)),
+    }
     return dataclasses.replace(judged, position=position, weights_step=weights_step, metrics=metrics, problems=problems)
 
 

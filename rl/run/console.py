@@ -1,4 +1,4 @@
-"""The console of a run: a live line on a terminal or in a notebook, one plain line for each step in a log.
+"""The console of a run: a live display on a terminal, a line in a notebook, one plain line for each step in a log.
 
 In: the same mapping of metrics that goes to metrics.jsonl. Out: text on a stream. Not here: files
 (`rl/run/metrics.py`). Where the stream cannot be written, on a full disk for instance, the run goes on without it. A
@@ -8,19 +8,29 @@ reader that has left (`| head`) ends the run, unless it was asked to stop and ha
 import collections
 import contextlib
 import math
+import os
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Self, TextIO
 
+import rich.box
 import rich.console
-import rich.live
+import rich.table
 import rich.text
 
 from rl.errors import silence
+from rl.run.live_lines import LiveLines
+from rl.run.step_values import Group
+from rl.run.visible import prompt_text, shortened, visible
 
 _STEPS_FOR_TIME_LEFT = 50  # enough steps to include evaluations and checkpoints
 _BAR_WIDTH = 20  # characters
+_SPARK_STEPS = 24
+_PLAIN_WIDTH = 120  # columns of a table in a log
+_MOST_MEMBERS = 16  # completions of a group in a table
+_PROMPT_LENGTH, _COMPLETION_LENGTH = 300, 240  # characters in a table
 _NOTEBOOK_WIDTH = 120  # characters; notebooks wrap longer lines
 # Metric, label, format: in the order of importance, for a narrow terminal shows the first ones only.
 _WATCHED = (
@@ -35,6 +45,24 @@ _SPEEDS = (("tokens_per_second/rollout", "rollout"), ("tokens_per_second/train",
 
 
 class _RichConsole(rich.console.Console):
+    """A console on which one thread prints at a time, a whole print at once."""
+
+    def __init__(self, **settings: Any):
+        super().__init__(**settings)
+        self._print_lock = threading.RLock()
+
+    def print(self, *objects: Any, **settings: Any) -> None:
+        with self._print_lock:
+            super().print(*objects, **settings)
+
+    @property
+    def size(self) -> rich.console.ConsoleDimensions:
+        """Columns and rows of the terminal that is written to. rich itself asks the standard streams."""
+        if self._width is None and self.is_terminal:
+            with contextlib.suppress(OSError, ValueError):  # no descriptor, or no terminal
+                return rich.console.ConsoleDimensions(*os.get_terminal_size(self.file.fileno()))
+        return super().size
+
     def on_broken_pipe(self) -> None:
         """Raises the error to the caller. By default rich would end the process with exit status 1."""
         raise  # this is called where the error is handled
@@ -43,17 +71,18 @@ class _RichConsole(rich.console.Console):
 class Console:
     """Prints the progress of a run of `total_steps` steps to `stream` (standard output when None).
 
-    On a terminal `step_line` redraws one line, and evaluations, messages and warnings scroll above it. In a notebook it
-    redraws one output of the cell. Elsewhere everything is a plain line.
+    On a terminal a few lines at the bottom show the run as it is, from `begin_steps` or the first step on, and
+    evaluations, tables, messages and warnings scroll above them. In a notebook one output of the cell is redrawn.
+    Elsewhere everything is a plain line. With `is_quiet`, warnings and last words alone are printed.
     """
 
-    def __init__(self, total_steps: int, stream: TextIO | None = None):
+    def __init__(self, total_steps: int, stream: TextIO | None = None, is_quiet: bool = False):
         output: TextIO = sys.stdout if stream is None else stream
-        self._total_steps = total_steps
+        self._total_steps, self._is_quiet = total_steps, is_quiet
         # A Jupyter kernel's stream is recognised by its type, without importing IPython.
         is_notebook = type(output).__module__.startswith("ipykernel.")
         self._notebook = _NotebookLine() if is_notebook else None
-        self._is_live = not is_notebook and output.isatty()
+        self._is_live = not is_notebook and output.isatty() and os.environ.get("TERM") != "dumb"
         self._stream, self._is_stopping = output, False
         self._console = _RichConsole(
             file=output,
@@ -64,9 +93,23 @@ class Console:
             emoji=False,
             soft_wrap=True,
         )
-        self._live: rich.live.Live | None = None
+        self._live: LiveLines | None = None
         self._step_seconds: collections.deque[float] = collections.deque(maxlen=_STEPS_FOR_TIME_LEFT)
         self._last_step_time: float | None = None
+        self._seen: dict[str, Any] = {}  # the newest value of each metric
+        self._evaluated: int | None = None  # the step of the newest evaluation
+        self._rewards: collections.deque[float] = collections.deque(maxlen=_SPARK_STEPS)
+        self._steps_done = 0
+        self._phase: tuple[str, float] | None = None  # what goes on, and since when
+        self._printing: int | None = None  # the thread that is printing
+        self._postponed: list[str] = []  # what a signal's handler said amid a print
+
+    def begin_steps(self, steps_done: int) -> None:
+        """The steps begin: on a terminal the display stands from here on."""
+        self._steps_done, self._last_step_time = steps_done, time.monotonic()
+        self._phase = ("start", time.monotonic())
+        if self._is_live and not self._is_quiet:
+            self._draw()
 
     def step_line(self, metrics: Mapping[str, Any]) -> None:
         """Shows one step: progress, time left, and the metrics a person watches.
@@ -74,25 +117,44 @@ class Console:
         Args:
           metrics: `step` is required. Other metrics are shown if they are there and not None.
         """
+        if self._is_quiet:
+            return
         step = metrics["step"]
-        time_left = f"left {self._time_left(step)}"
-        counter = f"step {step:>{len(str(self._total_steps))}}/{self._total_steps}"
+        left = self._time_left(step)
+        counter = self._counter(step)
         fields = format_fields(metrics)
         if not self._is_live and self._notebook is None:
-            self._print("  ".join([counter, *fields, time_left]))
+            self._print("  ".join([counter, *fields, f"left {left}"]))
             return
         if metrics.get("eval/accuracy") is not None:
             self.message("  ".join([counter, *fields]))
-        bar = format_bar(step / self._total_steps, _BAR_WIDTH)
-        width = self._console.width if self._notebook is None else _NOTEBOOK_WIDTH
-        line = _join_what_fits([counter, bar, time_left, *fields], width)
+        self._seen |= {name: value for name, value in metrics.items() if value is not None}
+        self._evaluated = step if metrics.get("eval/accuracy") is not None else self._evaluated
+        self._steps_done = step
+        if isinstance(metrics.get("reward/mean"), (int, float)):
+            self._rewards.append(float(metrics["reward/mean"]))
         if self._notebook is None:
-            self._draw(line)
-        else:
-            self._notebook.show(line)
+            self._draw()
+            return
+        bar = format_bar(step / self._total_steps, _BAR_WIDTH)
+        self._notebook.show(_join_what_fits([counter, bar, f"left {left}", *fields], _NOTEBOOK_WIDTH))
+
+    def show_group(self, step: int, group: Group) -> None:
+        """Prints a prompt with its completions, their rewards and advantages, as a table."""
+        if self._is_quiet:
+            return
+        width = self._console.width if self._is_live else _PLAIN_WIDTH
+        with self._writing():
+            self._console.print(_group_title(step, group), soft_wrap=False, width=width)
+            self._console.print(_group_table(group), soft_wrap=False, width=width)
 
     def message(self, text: str) -> None:
         """Prints `text` unchanged, on lines of its own."""
+        if not self._is_quiet:
+            self._print(text)
+
+    def last_word(self, text: str) -> None:
+        """The same for what is said at the end of a run, or in place of one, and so also where the run is quiet."""
         self._print(text)
 
     def stopping(self, text: str) -> None:
@@ -106,17 +168,19 @@ class Console:
 
     def table(self, title: str, rows: Mapping[str, Any]) -> None:
         """Prints a title, and under it names and values in two columns."""
+        if self._is_quiet:
+            return
         width = max(map(len, rows), default=0)
         self._print(title, style="bold")
         for name, value in rows.items():
             self._print(f"  {name:<{width}}  {value}")
 
     def close(self) -> None:
-        """Leaves the live line and gives the terminal back. A second call does nothing."""
+        """Leaves the live display and gives the terminal back. A second call does nothing."""
         if self._live is not None:
+            live, self._live, self._phase = self._live, None, None
             with self._writing():
-                self._live.stop()
-            self._live = None
+                live.stop()
 
     def __enter__(self) -> Self:
         return self
@@ -124,35 +188,87 @@ class Console:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
+    @contextlib.contextmanager
+    def _in_phase(self, phase: str) -> Iterator[None]:
+        """Shows, on a terminal, what goes on inside the block."""
+        before, self._phase = self._phase, (phase, time.monotonic())
+        try:
+            yield
+        finally:
+            self._phase = before
+
+    def _counter(self, step: int) -> str:
+        return f"step {step:>{len(str(self._total_steps))}}/{self._total_steps}"
+
     def _time_left(self, step: int) -> str:
-        """The time left, from the mean of the last steps; empty on the first line, which has no step before it."""
+        """The time left, from the mean of the last steps; ? on the first line, which has no step before it."""
         now = time.monotonic()
-        if self._last_step_time is not None:
+        if self._last_step_time is not None and step:
             self._step_seconds.append(now - self._last_step_time)
         self._last_step_time = now
+        return self._left(step)
+
+    def _left(self, step: int) -> str:
         if not self._step_seconds:
             return "?"
-        seconds_per_step = sum(self._step_seconds) / len(self._step_seconds)
-        return format_seconds(seconds_per_step * max(self._total_steps - step, 0))
+        return format_seconds(self._seconds_per_step() * max(self._total_steps - step, 0))
 
-    def _draw(self, line: str) -> None:
-        if self._live is None:
-            # Once a step is often enough, and needs no thread beside jax.
-            self._live = rich.live.Live(console=self._console, auto_refresh=False)
-            with self._writing():
-                self._live.start()
+    def _seconds_per_step(self) -> float:
+        return sum(self._step_seconds) / len(self._step_seconds)
+
+    def _draw(self) -> None:
         with self._writing():
-            self._live.update(rich.text.Text(line, no_wrap=True, overflow="ellipsis"), refresh=True)
+            if self._live is None:
+                self._live = LiveLines(self._console, self._live_text, self._stream)
+                self._live.start()
+            else:
+                self._live.draw()
+
+    def _live_text(self, width: int) -> list[rich.text.Text]:
+        """The live display, three lines: how far the run is, what it learns, how fast it is. Each holds what fits."""
+        seen, now = self._seen, time.monotonic()
+        first = [self._counter(self._steps_done), format_bar(self._steps_done / self._total_steps, _BAR_WIDTH)]
+        first += [f"left {self._left(self._steps_done)}"]
+        if self._phase is not None:
+            first.append(f"now {self._phase[0]} {format_seconds(now - self._phase[1])}")
+        if self._step_seconds:
+            first.append(f"{self._seconds_per_step():.3g} s a step")
+        lines = [_join_what_fits(first, width)]
+        fields = format_fields({name: seen.get(name) for name, _, _ in _WATCHED if name != "eval/accuracy"})
+        if self._rewards:
+            fields.insert(1, sparkline(self._rewards, self._can_encode(_BLOCKS)))
+        if self._evaluated is not None:
+            fields.append(f"eval {float(seen['eval/accuracy']):.1%} at step {self._evaluated}")
+        if fields:
+            lines.append(_join_what_fits(fields, width))
+        last = format_fields({name: seen.get(name) for name, _ in _SPEEDS}) + format_phases(seen)
+        if last:
+            lines.append(_join_what_fits(last, width))
+        styles = ("bold", "", "dim")
+        return [rich.text.Text(line, style=style) for line, style in zip(lines, styles, strict=False)]
+
+    def _can_encode(self, text: str) -> bool:
+        try:
+            text.encode(getattr(self._stream, "encoding", None) or "utf-8")
+        except (UnicodeEncodeError, LookupError):
+            return False
+        return True
 
     def _print(self, text: str, style: str | None = None) -> None:
+        if self._printing == threading.get_ident():  # this is a signal's handler amid a print of the same thread
+            self._postponed.append(text)
+            return
         with self._writing():
             self._console.print(text, style=style)
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
         """A context for a write to the stream, which handles its failure."""
+        outer, self._printing = self._printing, threading.get_ident()
         try:
             yield
+            while self._postponed:
+                self._console.print(self._postponed.pop(0))
         except OSError as error:
             if isinstance(error, BrokenPipeError) and not self._is_stopping:
                 raise
@@ -163,6 +279,8 @@ class Console:
                     "and its files have every step",
                     file=sys.stderr,
                 )
+        finally:
+            self._printing = outer
 
 
 class _NotebookLine:
@@ -193,6 +311,68 @@ def format_fields(metrics: Mapping[str, Any]) -> list[str]:
         f"{label} {format_count(float(metrics[name]))}" for name, label in _SPEEDS if metrics.get(name) is not None
     ]
     return [*fields, f"{' '.join(speeds)} tok/s"] if speeds else fields
+
+
+_BLOCKS = "\u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588"  # an eighth to eight eighths of a character, from below
+_PLAIN_BLOCKS = "_.-=+*#@"
+
+
+def sparkline(values: Sequence[float] | collections.deque[float], has_blocks: bool = True) -> str:
+    """A character for each value, from the lowest to the highest of them; a space for one that is not finite."""
+    blocks = _BLOCKS if has_blocks else _PLAIN_BLOCKS
+    finite = [value for value in values if math.isfinite(value)]
+    low = min(finite, default=0.0)
+    spread = max(finite, default=0.0) - low
+
+    def block(value: float) -> str:
+        if not math.isfinite(value):
+            return " "
+        return blocks[min(int((value - low) / spread * len(blocks)), len(blocks) - 1) if spread else len(blocks) // 2]
+
+    return "".join(map(block, values))
+
+
+def format_phases(metrics: Mapping[str, Any]) -> list[str]:
+    """The phases of a step by their share of its time, the longest first, as one text; none below a hundredth."""
+    total = metrics.get("seconds/step")
+    if not total:
+        return []
+    shares = {
+        name.partition("/")[2]: float(value) / total
+        for name, value in metrics.items()
+        if name.startswith("seconds/") and name != "seconds/step"
+    }
+    longest = sorted(shares.items(), key=lambda item: -item[1])
+    text = " ".join(f"{name} {share:.0%}" for name, share in longest if share >= 0.01)
+    return [text] if text else []
+
+
+def _group_title(step: int, group: Group) -> rich.text.Text:
+    answer = "" if group.answer is None else f"  answer: {shortened(visible(prompt_text(group.answer)), 80)}"
+    prompt = shortened(visible(prompt_text(group.prompt)), _PROMPT_LENGTH)
+    return rich.text.Text(f"step {step}, a prompt with its group: {prompt}{answer}", style="bold")
+
+
+def _group_table(group: Group) -> rich.table.Table:
+    """A row for each completion, the best first."""
+    table = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    names = [visible(name) for name in group.names] if len(group.names) > 1 else []
+    for name in ("reward", *names, "advantage", "tokens"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("end", no_wrap=True)
+    table.add_column("completion", overflow="fold")
+    best_first = sorted(group.members, key=lambda member: math.inf if member.reward is None else -member.reward)
+    for member in best_first[:_MOST_MEMBERS]:
+        numbers = [member.reward, *(member.rewards if names else ()), member.advantage]
+        table.add_row(
+            *("-" if number is None else f"{number:.3g}" for number in numbers),
+            str(member.num_tokens),
+            member.finish_reason,
+            rich.text.Text(shortened(visible(member.text), _COMPLETION_LENGTH)),
+        )
+    if len(best_first) > _MOST_MEMBERS:
+        table.caption = f"and {len(best_first) - _MOST_MEMBERS} more"
+    return table
 
 
 def format_bar(share: float, width: int) -> str:

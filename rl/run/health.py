@@ -28,7 +28,8 @@ _WAY_OUT = {
     "grad_norm": "lower optimizer.lr or optimizer.max_grad_norm",
 }
 _SKIPPED = "loss or gradient norm was not finite"
-_FAILURE = re.compile(rf"reward/(?P<name>.+)/(?P<kind>{'|'.join(COUNTS)})", re.DOTALL)  # a metric
+_KINDS = {kind if kind != "timeout" else "timeouts": kind for kind in COUNTS}  # of failures, by the part of a metric
+_FAILURE = re.compile(rf"reward/(?P<name>.+)/(?P<kind>{'|'.join(_KINDS)})", re.DOTALL)  # a metric
 _SAMPLES = "samples.jsonl of a GRPO run holds every completion of the step"
 
 
@@ -182,7 +183,8 @@ def _nothing_to_learn_from(metrics: Mapping[str, float]) -> dict[str, str]:
 
 def _main_failure(metrics: Mapping[str, float]) -> str:
     """The most frequent reason why reward functions gave no value."""
-    counts = {(match["name"], match["kind"]): metrics[name] for name in metrics if (match := _FAILURE.fullmatch(name))}
+    matches = {name: match for name in metrics if (match := _FAILURE.fullmatch(name)) and metrics[name]}
+    counts = {(match["name"], _KINDS[match["kind"]]): metrics[name] for name, match in matches.items()}
     if not counts:
         return "all functions that count in the sum left it open; look at rewards.functions"
     name, kind = max(counts, key=lambda key: counts[key])

@@ -1,38 +1,100 @@
 """The messages and measurements of a run, step by step: `RunLog`.
 
-In: messages, warnings, and one mapping of metrics for each step. Out: lines on the console, `metrics.jsonl` and
-`samples.jsonl` in the run folder, seconds of each phase and compilations of a step. `RunLog` holds the parts
-(`rl.run.console`, `rl.run.metrics`) together while a run goes on. It also takes the request to stop (Ctrl-C, SIGTERM),
-and answers it on the console.
+In: messages, warnings, and one mapping of metrics for each step. Out: lines on the console, `metrics.jsonl`,
+`samples.jsonl` and `events.jsonl` in the run folder, steps for trackers, a profile, seconds of each phase and
+compilations of a step. `RunLog` holds the parts (`rl.run.console`, `rl.run.metrics`, `rl.run.trackers`,
+`rl.run.profiling`) together while a run goes on. It also takes the request to stop (Ctrl-C, SIGTERM), and answers it on
+the console.
 """
 
 import contextlib
+import hashlib
+import math
+import numbers
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from rl.config.load import Config
+from rl.config.sections import to_dict
 from rl.devices import hosts
 from rl.run.console import Console
+from rl.run.environment import environment
+from rl.run.histograms import histogram
 from rl.run.interrupt import StopRequest
 from rl.run.metrics import CompileCounter, MetricsWriter, Stopwatch, peak_memory_bytes
+from rl.run.profiling import Profile, annotated
+from rl.run.step_values import NO_VALUES, StepValues
+from rl.run.trackers.contract import TrackedRun, TrackedStep
+from rl.run.trackers.trackers import Trackers
+from rl.run_folder.contents import IDENTITY, run_id
 
 
 class RunLog(Console):
-    """The console of a run of `total_steps` steps. Inside `recording` it also writes metrics and samples.
+    """The console of a run. Inside `tracking` it also hands steps to trackers, inside `recording` it writes metrics and
+    samples.
 
-    Only the first process of a run prints and writes.
+    Only the first process of a run prints, writes and tracks.
+
+    Args:
+      steps_key: the key that says how many steps the run has.
+
+    Raises:
+      ValueError: a tracker cannot work as it is named, or the steps of the profile are none of the run.
 
     Attributes:
       stopwatch: seconds of each phase in the step so far.
     """
 
-    def __init__(self, total_steps: int, steps_key: str = "grpo.steps"):
-        super().__init__(total_steps, hosts.console_stream())
-        self._steps_key = steps_key  # of the configuration
-        self.stopwatch = Stopwatch()
+    def __init__(self, config: Config, steps_key: str = "grpo.steps"):
+        section, _, name = steps_key.partition(".")
+        total_steps = getattr(getattr(config, section), name)
+        super().__init__(total_steps, hosts.console_stream(), config.logging.quiet)
+        self._steps_key, self._config = steps_key, config
+        self.stopwatch = Stopwatch(self._around_phase)
+        self._profile = Profile(config.profile, total_steps, self.message)
+        self._trackers = Trackers(config) if hosts.is_first() else None
         self._writer: MetricsWriter | None = None
         self._compiles: CompileCounter | None = None
         self._stop: StopRequest | None = None
+        self._step = 0  # whose line was written last
+        # Events wait for the first line of this process, so that a start that fails before it leaves no file.
+        self._waiting: list[dict[str, Any]] | None = []
+        self._path: pathlib.Path | None = None
+
+    @contextlib.contextmanager
+    def tracking(self, folder: pathlib.Path, kind: str, is_resumed: bool) -> Iterator[None]:
+        """A context in which steps go to the trackers. Its end waits for them, for a limited time.
+
+        Args:
+          folder: the run folder, which holds run.json.
+          kind: "grpo" or "sft".
+          is_resumed: whether the folder held the run already.
+
+        Raises:
+          ValueError: a tracker of the user's cannot be made.
+        """
+        if not self._config.logging.trackers:
+            yield
+            return
+        trackers = self._trackers
+
+        def start() -> None:
+            run = TrackedRun(_id_of(folder), folder.absolute().name, kind, folder, to_dict(self._config), is_resumed)
+            if trackers is not None:
+                trackers.start(run)
+
+        hosts.from_first(start)
+        is_failed, is_in_a_hurry = True, False
+        try:
+            yield
+            is_failed = False
+        except (KeyboardInterrupt, BrokenPipeError):
+            is_in_a_hurry = True
+            raise
+        finally:
+            if trackers is not None:
+                self.warnings(trackers.end(is_failed, is_in_a_hurry, self.message))
 
     @contextlib.contextmanager
     def recording(self, folder: pathlib.Path, first_step: int) -> Iterator[None]:
@@ -46,12 +108,36 @@ class RunLog(Console):
           ValueError: see `MetricsWriter`.
         """
         first_line = first_step + 1 if first_step else 0  # a new run may begin with a line for step 0
-        with (
-            MetricsWriter(folder if hosts.is_first() else None, first_line) as self._writer,
-            CompileCounter() as self._compiles,
-            StopRequest(self.stopping) as self._stop,
-        ):
-            self.stopwatch = Stopwatch()
+        try:
+            with (
+                MetricsWriter(folder if hosts.is_first() else None, first_line) as self._writer,
+                CompileCounter() as self._compiles,
+                StopRequest(self.stopping) as self._stop,
+                contextlib.closing(self._profile),
+            ):
+                self._step = first_step
+                self._waiting = [{"start": environment()}, *(self._waiting or ())]
+                self._path = folder
+                self._say_what_is_tracked_again(first_line)
+                self.stopwatch = Stopwatch(self._around_phase)
+                self.begin_steps(first_step)
+                self._profile.begin(folder, first_step + 1)
+                yield
+        finally:
+            self._writer = None
+
+    def _say_what_is_tracked_again(self, first_line: int) -> None:
+        """Trackers keep what they got of steps that are run again; TensorBoard alone can be told to hide it."""
+        assert self._writer is not None
+        last = self._writer.last_dropped
+        names = [name for name in self._trackers.names if name != "tensorboard"] if self._trackers else []
+        if names and last is not None and last >= first_line:
+            steps = f"step {last}" if last == first_line else f"steps {first_line} to {last}"
+            self.message(f"{', '.join(names)}: {steps} come again, for the run goes on from an earlier checkpoint")
+
+    @contextlib.contextmanager
+    def _around_phase(self, phase: str) -> Iterator[None]:
+        with self._in_phase(phase), annotated(phase):
             yield
 
     def timer(self, phase: str) -> contextlib.AbstractContextManager[None]:
@@ -73,14 +159,22 @@ class RunLog(Console):
         metrics: Mapping[str, Any],
         num_tokens: int,
         samples: Iterable[Mapping[str, Any]] = (),
+        values: StepValues = NO_VALUES,
     ) -> None:
-        """Ends the step: writes its line, with its times and memory, and its samples, and shows the line.
+        """Ends the step: writes its line, with its times and memory, and its samples, shows the line, and hands all to
+        the trackers. Every `logging.table_every` steps it shows the group of `values`.
 
         Args:
           step: how many steps are done.
           num_tokens: completion tokens of the step.
+          values: what is shown of the step beside its metrics; events.jsonl has their histograms.
         """
-        self._line({"step": step, **metrics, **self._lap(num_tokens)}, samples)
+        assert self._path is not None, "outside of `recording`"
+        self._profile.end(step)
+        self._line({"step": step, **metrics, **self._lap(num_tokens)}, samples, values)
+        if values.histograms:
+            self._event({"histograms": {name: histogram(each) for name, each in values.histograms.items()}})
+        self._profile.begin(self._path, step + 1)
 
     def baseline(self, metrics: Mapping[str, Any]) -> None:
         """The same for what was measured before the first step; nothing where that is nothing."""
@@ -88,19 +182,34 @@ class RunLog(Console):
             self._line({"step": 0, **metrics})
             self.stopwatch.lap()  # the seconds of the first step begin here
 
-    def _line(self, metrics: Mapping[str, Any], samples: Iterable[Mapping[str, Any]] = ()) -> None:
+    def _line(
+        self, metrics: Mapping[str, Any], samples: Iterable[Mapping[str, Any]] = (), values: StepValues = NO_VALUES
+    ) -> None:
         assert self._writer is not None, "outside of `recording`"
+        step, every = metrics["step"], self._config.logging.table_every
+        has_table = bool(every) and (step == 1 or step % every == 0)
+        metrics = {**metrics, **(self._trackers.metrics() if self._trackers else {})}
         self._writer.write(metrics)
+        waiting, self._waiting = self._waiting, None
+        for event in waiting or ():
+            self._event(event)
+        self._step = step
         if samples := list(samples):
-            self._writer.write_samples(metrics["step"], samples)
+            self._writer.write_samples(step, samples)
+        if has_table and values.group is not None:
+            self.show_group(step, values.group)
         self.step_line(metrics)
+        if self._trackers and self._trackers.names:
+            shown = samples if has_table else []
+            self._trackers.put(TrackedStep(step, _finite(metrics), values.histograms, shown))
+            self.warnings(self._trackers.problems())
 
     def resumed(self, step: int) -> None:
         """Says that the run goes on after `step` steps, or that these were all it is to have."""
         if step < self._total_steps:
             self.message(f"resumed at step {step} of {self._total_steps}")
         else:
-            self.message(self.nothing_left(step))
+            self.last_word(self.nothing_left(step))
 
     def nothing_left(self, step: int) -> str:
         """What is said of a run that has had its steps already, and `step` of them."""
@@ -112,12 +221,24 @@ class RunLog(Console):
     def saved(self, step: int, path: pathlib.Path) -> None:
         """To be called last, when everything is on disk: says where a run that stopped early can be gone on with."""
         if step < self._total_steps:
-            self.message(f"saved step {step} of {self._total_steps} in {path}; the same command goes on")
+            self.last_word(f"saved step {step} of {self._total_steps} in {path}; the same command goes on")
 
     def messages(self, texts: Iterable[str]) -> None:
         """Prints each text on lines of its own."""
         for text in texts:
             self.message(text)
+
+    def warning(self, text: str) -> None:
+        """Prints `warning: text`, and writes it to events.jsonl with the step that was written last."""
+        super().warning(text)
+        self._event({"warning": text})
+
+    def _event(self, event: dict[str, Any]) -> None:
+        if self._waiting is not None:
+            self._waiting.append(event)
+            return
+        if self._writer is not None:  # else the files are closed: the run has ended
+            self._writer.write_event(self._step, event)
 
     def warnings(self, texts: Iterable[str]) -> None:
         """Prints `warning: text` for each."""
@@ -128,3 +249,17 @@ class RunLog(Console):
         """Whether one of the processes was asked to stop. All of them must ask at the same step."""
         assert self._stop is not None, "outside of `recording`"
         return hosts.any_process(self._stop.requested)
+
+
+def _id_of(folder: pathlib.Path) -> str:
+    """The id of the run in a folder; for one of an older version, which has none, a hash of what it starts from."""
+    return run_id(folder) or hashlib.blake2b((folder / IDENTITY).read_bytes(), digest_size=16).hexdigest()
+
+
+def _finite(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """The metrics that are finite numbers, without the step."""
+    return {
+        name: float(value)
+        for name, value in metrics.items()
+        if name != "step" and isinstance(value, numbers.Real) and math.isfinite(value)
+    }

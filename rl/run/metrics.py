@@ -1,8 +1,9 @@
 """The measurements of a run: metrics and samples on disk, seconds of each phase, compilations, peak memory.
 
-In: one mapping of names to numbers for each step. Out: `metrics.jsonl` and `samples.jsonl` in the run folder, one JSON
-object for each line. Not here: the console (`rl/run/console.py`), and plots (`rl/tools/report.py`). Only two functions
-import jax, so reading a finished run is quick.
+In: one mapping of names to numbers for each step. Out: `metrics.jsonl`, `samples.jsonl` and `events.jsonl` in the run
+folder, one JSON object for each line. An event is what is no number of a step: a start with its environment, a warning,
+histograms. Not here: the console (`rl/run/console.py`), and the report (`rl/tools/report`). Only two functions import
+jax, so reading a finished run is quick.
 """
 
 import collections
@@ -13,26 +14,30 @@ import os
 import pathlib
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from rl.devices import host_memory
+from rl.errors import RUN, missing
 from rl.files.local_files import write_file
 from rl.files.output_file import writing
+from rl.run.metric_table import RENAMED_FIELDS, current_name
 
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
+EVENTS_FILE = "events.jsonl"
+_FILES = (METRICS_FILE, SAMPLES_FILE, EVENTS_FILE)
 
 
 class MetricsWriter:
-    """Appends metrics and samples to a run folder. A kill at any moment leaves files that `read_metrics` can read.
+    """Appends to the files of a run folder. A kill at any moment leaves files that `read_metrics` can read.
 
     A line, with its line end, is on the disk before the call that wrote it returns. So a loop that writes a step's line
     before it saves the step's checkpoint never has a checkpoint without its lines.
     """
 
     def __init__(self, folder: str | os.PathLike | None, start_step: int):
-        """Reads both files. The first write opens them for appending, and drops the lines of steps that are run again.
+        """Reads the files. The first write opens them for appending, and drops the lines of steps that are run again.
 
         Args:
           folder: the run folder, which the first write makes if missing. None: another process writes, and this one
@@ -42,15 +47,18 @@ class MetricsWriter:
             nothing.
 
         Raises:
-          ValueError: a complete line in either file is not a JSON object with a `step`, or the disk is full. Every
+          ValueError: a complete line in one of the files is not a JSON object with a `step`, or the disk is full. Every
             method that writes raises the latter.
         """
         self._folder = None if folder is None else pathlib.Path(folder)
+        self.last_dropped: int | None = None
         self._files: dict[str, Any] = {}
         self._kept: dict[str, bytes] = {}  # {file: the lines that stay}, for files of which lines are dropped
         if self._folder is not None:
-            for name in (METRICS_FILE, SAMPLES_FILE):
+            for name in _FILES:
                 kept = _steps_before(self._folder / name, start_step)
+                if kept is not None and name == METRICS_FILE:
+                    self.last_dropped = max((row["step"] for row in _read_existing(self._folder / name)), default=None)
                 if kept is not None:
                     self._kept[name] = kept
 
@@ -67,8 +75,14 @@ class MetricsWriter:
         """Appends a line for each sample to samples.jsonl, in one write: `step`, then the sample's own keys."""
         self._append(SAMPLES_FILE, [{"step": step, **sample} for sample in samples])
 
+    def write_event(self, step: int, event: Mapping[str, Any]) -> None:
+        """Appends a line to events.jsonl: `step`, then the event's own key, which says what it is: `start`, `warning`
+        or `histograms`.
+        """
+        self._append(EVENTS_FILE, [{"step": step, **event}])
+
     def close(self) -> None:
-        """Closes both files. A second call does nothing."""
+        """Closes the files. A second call does nothing."""
         for file in self._files.values():
             with writing(file.name):
                 file.close()
@@ -81,7 +95,7 @@ class MetricsWriter:
                 self._folder.mkdir(parents=True, exist_ok=True)
             for each, kept in self._kept.items():
                 write_file(self._folder / each, kept)
-            for each in (METRICS_FILE, SAMPLES_FILE):
+            for each in _FILES:
                 # Open for the life of the run. Without a buffer, so that a write that a full disk refused is not tried
                 # again.
                 with writing(self._folder / each):
@@ -96,18 +110,27 @@ class MetricsWriter:
 
 
 def read_metrics(folder: str | os.PathLike) -> list[dict[str, Any]]:
-    """The lines of a run folder's metrics.jsonl in file order, null as None. A last line that a kill cut short is left
-    out.
+    """The lines of a run folder's metrics.jsonl in file order, null as None, under today's names. A last line that a
+    kill cut short is left out.
 
     Raises:
       ValueError: the folder has no metrics.jsonl, or a complete line is not a JSON object with a `step`.
     """
-    return _read_existing(pathlib.Path(folder) / METRICS_FILE)
+    rows = _read_existing(pathlib.Path(folder) / METRICS_FILE)
+    now = {name: current_name(name) for name in dict.fromkeys(name for row in rows for name in row)}
+    return [{now[name]: value for name, value in row.items()} for row in rows]
 
 
 def read_samples(folder: str | os.PathLike) -> list[dict[str, Any]]:
     """Like `read_metrics`, for samples.jsonl."""
-    return _read_existing(pathlib.Path(folder) / SAMPLES_FILE)
+    rows = _read_existing(pathlib.Path(folder) / SAMPLES_FILE)
+    return [{RENAMED_FIELDS.get(name, name): value for name, value in row.items()} for row in rows]
+
+
+def read_events(folder: str | os.PathLike) -> list[dict[str, Any]]:
+    """Like `read_metrics`, for events.jsonl; empty for a run of an older version, which wrote none."""
+    path = pathlib.Path(folder) / EVENTS_FILE
+    return _read_existing(path) if path.is_file() else []
 
 
 class Stopwatch:
@@ -115,9 +138,13 @@ class Stopwatch:
 
     A jax computation counts in the phase that waits for its result: block on it, or read a number from it, inside the
     phase.
+
+    Args:
+      around: gives a context to be in during each phase, from its name.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, around: Callable[[str], contextlib.AbstractContextManager] = contextlib.nullcontext) -> None:
+        self._around = around
         self._seconds: dict[str, float] = collections.defaultdict(float)
         self._lap_start = time.perf_counter()
 
@@ -126,7 +153,8 @@ class Stopwatch:
         """Adds the time spent in the `with` block to `phase`, also when the block raises."""
         start = time.perf_counter()
         try:
-            yield
+            with self._around(phase):
+                yield
         finally:
             self._seconds[phase] += time.perf_counter() - start
 
@@ -236,8 +264,10 @@ def _steps_before(path: pathlib.Path, start_step: int) -> bytes | None:
 
 
 def _read_existing(path: pathlib.Path) -> list[dict[str, Any]]:
+    if not path.parent.exists():
+        raise missing("RUN", RUN, path.parent)
     if not path.is_file():
-        raise ValueError(f"{path} does not exist; a run folder is the output_dir of a `grpo train` or `grpo sft` run")
+        raise ValueError(f"RUN must be {RUN}, got {str(path.parent)!r}, which has no {path.name}")
     return [_parse(path, number, line) for number, line in enumerate(_complete_lines(path.read_bytes()), 1)]
 
 

@@ -80,11 +80,13 @@ class RunOutput:
           with_reference: checkpoints hold a reference that moves, too.
 
         Raises:
-          ValueError: the folder cannot be written, or the disk has too little room.
+          ValueError: the folder cannot be written, the disk has too little room, or a tracker of the user's cannot be
+            made.
         """
         if not self._check_only:
             self.folder.begin()
             self.mirror.begin()
+            self._stack.enter_context(self._log.tracking(self.path, self._kind, self.resumed))
         self.checkpoints = create_checkpoint_manager(
             self._config,
             mesh,
@@ -141,4 +143,4 @@ class RunOutput:
             write_folder, model_config=model_config, params=hosts.fetch(params), tokenizer=tokenizer, dtype=None
         )
         self._log.messages(hosts.from_first(lambda: self.folder.replace_export(write)))
-        self._log.message(f"policy written to {self.path / 'export'}")
+        self._log.last_word(f"policy written to {self.path / 'export'}")

@@ -17,10 +17,11 @@ from rl.config.load import Config, load_config
 from rl.files.local_files import UNFINISHED
 
 CONFIG, IDENTITY, METRICS, SAMPLES = "config.yml", "run.json", "metrics.jsonl", "samples.jsonl"
+EVENTS = "events.jsonl"  # what is no number of a step: starts, warnings, histograms
 JOURNAL = "journal.jsonl"  # of the steps since the last checkpoint, see `rl.rollout.journal`
 CHECKPOINTS, EXPORT, EXPORT_RECORD = "checkpoints", "export", "export.json"
 HASHES = "hashes.json"  # of a checkpoint, see `rl.state.checkpoint_files`
-LOCK, LOG, CURVES = ".lock", "rewards.log", "reward.png"
+LOCK, LOG, CURVES, REPORT = ".lock", "rewards.log", "reward.png", "report.html"
 LOG_BEFORE = LOG + ".1"  # what came before, see `rewards.log`
 FORMAT = "tandem run 1"
 KINDS = ("grpo", "sft")
@@ -31,8 +32,8 @@ RUN_KEY = "run"
 HELD_OUT = "held_out"  # of run.json: the identity of the held-out rows; older versions wrote none
 
 # Each run of a folder writes or continues these. rewards.log belongs to the folder, whichever run it holds.
-_FILES = (METRICS, SAMPLES, JOURNAL, CONFIG, IDENTITY)
-CURVES_MARK = "Tandem: grpo report"  # in every picture that it draws, whatever the format
+_FILES = (METRICS, SAMPLES, EVENTS, JOURNAL, CONFIG, IDENTITY)
+CURVES_MARK = "Tandem: grpo report"  # in every page and picture that it writes, whatever the format
 _LARGEST_CURVES = 1 << 25  # bytes
 # Files of a step, by Orbax and `rl.state.checkpoint_files`, that hashes.json does not list.
 _STEP_ENTRIES = (
@@ -191,8 +192,7 @@ def own_entries(folder: pathlib.Path, kind: str) -> list[str]:
         entries += [f"{CHECKPOINTS}/{step.name}" for step in steps if not step.name.isdecimal() or is_checkpoint(step)]
     if kind == "sft" and is_export_record(folder / EXPORT_RECORD):
         entries.append(EXPORT_RECORD)
-    if is_own_curves(folder / CURVES):
-        entries.append(CURVES)
+    entries += [name for name in (CURVES, REPORT) if is_own_curves(folder / name)]
     return entries + [name for name in _FILES if _is_plain_file(folder / name)]
 
 
@@ -201,7 +201,7 @@ def is_own_name(entry: str, kind: str) -> bool:
     folder, _, step = entry.partition("/")
     if folder == CHECKPOINTS and step:
         return _OWN_STEP.fullmatch(step) is not None
-    return entry in (*_FILES, CURVES) or (kind == "sft" and entry in (EXPORT, EXPORT_RECORD))
+    return entry in (*_FILES, CURVES, REPORT) or (kind == "sft" and entry in (EXPORT, EXPORT_RECORD))
 
 
 def linked_files(folder: pathlib.Path) -> list[pathlib.Path]:
@@ -219,7 +219,7 @@ def linked_entries(folder: pathlib.Path, kind: str) -> list[pathlib.Path]:
 
 
 def is_own_curves(path: pathlib.Path) -> bool:
-    """Whether a file is a picture that `grpo report` drew."""
+    """Whether a file is a page or a picture that `grpo report` wrote."""
     if not _is_plain_file(path) or path.stat().st_size > _LARGEST_CURVES:
         return False
     return CURVES_MARK.encode() in path.read_bytes()

@@ -1,10 +1,10 @@
 """The folder of one run: who owns it, and whether this configuration may go on in it.
 
 `output_dir` holds config.yml (the resolved configuration that started the run), run.json (the kind of run and the
-weights it started from), metrics.jsonl, samples.jsonl, rewards.log, checkpoints/, journal.jsonl while a step of
-episodes is not saved, and, after `grpo sft`, export/. A folder is refused, and left as it is, if it holds another run
-or is not shown to be a run's (`rl.run_folder.contents`). A start that fails before it has recorded anything leaves the
-folder as it found it.
+weights it started from), metrics.jsonl, samples.jsonl, events.jsonl, rewards.log, checkpoints/, journal.jsonl while a
+step of episodes is not saved, and, after `grpo sft`, export/. A folder is refused, and left as it is, if it holds
+another run or is not shown to be a run's (`rl.run_folder.contents`). A start that fails before it has recorded anything
+leaves the folder as it found it.
 """
 
 import contextlib
@@ -22,11 +22,13 @@ from rl.config.load import Config, differences, dump_config, load_config, overri
 from rl.config.objects import check_given
 from rl.config.sections import flatten, to_dict
 from rl.devices import hosts
+from rl.errors import RUN, missing
 from rl.files.local_files import UNFINISHED, lock_file, write_file
 from rl.files.stores import is_remote
 from rl.run_folder.contents import (
     CHECKPOINTS,
     CONFIG,
+    EVENTS,
     EXPORT,
     EXPORT_RECORD,
     FILES_KEY,
@@ -413,6 +415,8 @@ class _Seen:
 def read_run(path: str | os.PathLike) -> tuple[Config, dict[str, Any]]:
     """The configuration and the run.json of a run folder. ValueError where the path is no run folder."""
     folder = pathlib.Path(path)
+    if not os.path.lexists(folder):
+        raise missing("RUN", RUN, folder)
     if not is_run_folder(folder):
         raise ValueError(f"{str(folder)!r} must be a run folder with {CONFIG} and {IDENTITY}, and it is not")
     try:
@@ -600,7 +604,11 @@ def _left_by_start(path: pathlib.Path) -> list[pathlib.Path]:
     drafts = [path / (UNFINISHED + name) for name in (IDENTITY, CONFIG)]
     if not is_own_identity(path):
         return drafts
-    return [*unfinished_steps(path), *drafts, *(path / name for name in (METRICS, SAMPLES, JOURNAL, CONFIG, IDENTITY))]
+    return [
+        *unfinished_steps(path),
+        *drafts,
+        *(path / name for name in (METRICS, SAMPLES, EVENTS, JOURNAL, CONFIG, IDENTITY)),
+    ]
 
 
 def _clear_start(path: pathlib.Path) -> None:

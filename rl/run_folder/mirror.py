@@ -25,14 +25,14 @@ from rl.config.load import Config, require
 from rl.devices import hosts
 from rl.files.local_files import UNFINISHED, file_hash, lock_file
 from rl.files.stores import Store, cache_folder, download_all, file_names, is_remote, open_store, short_name
-from rl.run_folder.contents import CURVES, HASHES, IDENTITY, LOCK, LOG, LOG_BEFORE
+from rl.run_folder.contents import CURVES, HASHES, IDENTITY, LOCK, LOG, LOG_BEFORE, REPORT
 from rl.run_folder.lease import LEASE, Lease
 from rl.run_folder.ledger import LEDGER, Ledger, read_ledger
 from rl.run_folder.remote_steps import FILES, MARKER, STEPS, DamagedStepError, Marker, fetch_step, read_markers, step_of
 from rl.run_folder.settle import Record, local_steps, read_record, settle, write_record
 
 # Files of a run folder that are not copied: they have a meaning only on their machine, or only in the store.
-_UNSHARED = (LOCK, CURVES, LEASE, LEDGER)
+_UNSHARED = (LOCK, CURVES, REPORT, LEASE, LEDGER)
 _GONE_ON_WITH = (*FILES, LOG, LOG_BEFORE)  # files that a run needs to resume, beside its checkpoints
 _POLL_SECONDS = 0.05
 

@@ -24,13 +24,13 @@ from rl.files.stores import (
     open_store,
     short_name,
 )
-from rl.run_folder.contents import CHECKPOINTS, CONFIG, IDENTITY, METRICS, SAMPLES
+from rl.run_folder.contents import CHECKPOINTS, CONFIG, EVENTS, IDENTITY, METRICS, SAMPLES
 from rl.run_folder.ledger import read_ledger
 
 STEPS = f"{CHECKPOINTS}/"
 MARKER = "uploaded.json"
 _DIGEST = re.compile(r"[0-9a-f]{64}")
-FILES = (CONFIG, IDENTITY, METRICS, SAMPLES)
+FILES = (CONFIG, IDENTITY, METRICS, SAMPLES, EVENTS)
 
 
 class DamagedStepError(ValueError):
@@ -73,8 +73,9 @@ def local_source(path: str | os.PathLike, step: int | None = None, with_samples:
     return copy_of_run(store, cache_folder() / "runs", step, with_samples)
 
 
-def local_metrics(path: str | os.PathLike) -> pathlib.Path:
-    """A local folder with metrics.jsonl of a run. A URL's file is downloaded anew; a local path is returned unchanged.
+def local_report(path: str | os.PathLike, metrics_only: bool = False) -> pathlib.Path:
+    """A local folder with what a report shows of a run: metrics.jsonl and, unless `metrics_only`, those of `FILES` that
+    are there. A URL's files are downloaded anew; a local path is returned unchanged.
 
     Raises:
       ValueError: the URL has no metrics.jsonl.
@@ -82,8 +83,15 @@ def local_metrics(path: str | os.PathLike) -> pathlib.Path:
     check_path(os.fspath(path), "a run", may_be_remote=True)
     if not is_remote(path):
         return pathlib.Path(path)
+    store = open_store(os.fspath(path))
     place = cache_folder() / "metrics" / short_name(os.fspath(path))
-    open_store(os.fspath(path)).download("metrics.jsonl", place / "metrics.jsonl")
+    store.download(METRICS, place / METRICS)
+    there = () if metrics_only else store.stats()
+    for name in FILES:
+        if name in there:
+            store.download(name, place / name)
+        elif name != METRICS:
+            (place / name).unlink(missing_ok=True)  # of an earlier report
     return place
 
 

@@ -32,8 +32,8 @@ FILE_KEYS = (FORMAT_KEY, FILES_KEY, HMAC_KEY)  # of run.json, about the file and
 
 # Kinds of code, by what uses it.
 REWARDS, MODEL, LOSS, ADVANTAGE, PROGRAMS, CACHE = "rewards", "model", "loss", "advantage", "programs", "cache"
-SAMPLER, DATA, ENVIRONMENT = "sampler", "data", "environment"
-TO_TRAIN = (REWARDS, ENVIRONMENT, MODEL, LOSS, ADVANTAGE, SAMPLER, DATA, PROGRAMS, CACHE)
+SAMPLER, DATA, ENVIRONMENT, TRACKER = "sampler", "data", "environment", "tracker"
+TO_TRAIN = (REWARDS, ENVIRONMENT, MODEL, LOSS, ADVANTAGE, SAMPLER, DATA, TRACKER, PROGRAMS, CACHE)
 TO_EVALUATE = (REWARDS, ENVIRONMENT, MODEL, SAMPLER, DATA, CACHE)
 TO_SAMPLE = (MODEL, SAMPLER, CACHE)
 TO_READ = (DATA,)  # data rows, without a model
@@ -65,6 +65,7 @@ READY_MADE = (
     "rewards.verify:math_verified",
 )
 _ASKS_SERVERS = "rewards.openenv_environment:OpenEnvPlayer"
+_TRACKERS = "rl.run.trackers"
 _KEY_BYTES = 32
 
 
@@ -122,6 +123,11 @@ def code_of(config: Config) -> list[Code]:
     for key, function in prepare_keys(config).items():
         if function is not None:
             found.append(Code(key, function, DATA, _file_of(function)))
+    for name in config.logging.trackers:
+        if is_user_function(name):
+            found.append(Code("logging.trackers", name, TRACKER, _file_of(name)))
+        elif config.logging.tracker_args.get(name):  # whoever names the server gets what is sent, a password among it
+            found.append(Code("logging.trackers", name, TRACKER, _file_of(f"{_TRACKERS}.to_{name}:make")))
     # Compiled programs are machine code, like any program.
     if config.compiled_file is not None:
         found.append(Code("compiled_file", config.compiled_file, PROGRAMS, _absolute(config.compiled_file)))

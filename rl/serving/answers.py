@@ -5,13 +5,13 @@ at temperature 1 when greedy, and have the shortest form that gives the same num
 """
 
 import hashlib
-import json
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
+from rewards.chat_request import told_call
 from rewards.tool_calls import Call
 from rl.data.tokenizer import Tokenizer
 from rl.serving.text import REPLACEMENT, token_text
@@ -97,14 +97,7 @@ def text_logprobs(
 def tool_calls(calls: Sequence[Call], prompt_ids: Sequence[int], token_ids: Sequence[int]) -> list[dict[str, Any]]:
     """The field `tool_calls` of a message. The ids follow from the tokens, so that the same draw has the same ids."""
     drawn = hashlib.blake2b(np.asarray([*prompt_ids, *token_ids], np.int64).tobytes(), digest_size=10).hexdigest()
-    return [
-        {
-            "id": f"call_{drawn}{place:04d}",
-            "type": "function",
-            "function": {"name": call.name, "arguments": json.dumps(call.arguments, ensure_ascii=False)},
-        }
-        for place, call in enumerate(calls)
-    ]
+    return [told_call(call.name, call.arguments, f"call_{drawn}{place:04d}") for place, call in enumerate(calls)]
 
 
 def usage(num_prompt: int, num_drawn: int, num_reused: int) -> dict[str, Any]:

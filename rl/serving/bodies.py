@@ -2,24 +2,23 @@
 
 In: bytes. Out: `ChatBody`, `TextBody` or `TokenizeBody`. Fields have the names, types and defaults of OpenAI's API, and
 some of vLLM's. A field that is not known, or that would change the answer and is not supported, is refused by its name:
-nothing is accepted and ignored. Not here: what the model and the server bear (`rl.serving.app`), answers.
+nothing is accepted and ignored. Not here: messages and tools (`rewards.chat_request`), what the model and the server
+bear (`rl.serving.app`), answers.
 """
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rewards import chat_request
+from rewards.chat_request import check_unicode, read_messages, read_tool_choice, read_tools
 from rl.files.json_file import Fields, shown
 from rl.sampler.slot_rules import DrawRules
 
 MOST_CHOICES = 128
 MOST_STOPS, LONGEST_STOP = 16, 1000  # stop strings of a request, and characters of one
-MOST_MESSAGES = 10_000
 SEEDS = 2**32
 LEAST_TEMPERATURE = 0.001  # below, what a float holds of the logits would decide
-ROLES = ("system", "developer", "user", "assistant", "tool")
-TOOL_CHOICES = ("none", "auto", "required")
 
 
 class ApiError(Exception):
@@ -133,17 +132,10 @@ _OF_TOKENIZE = {"model", "prompt", "messages", "tools", "add_special_tokens", "a
 
 def read_json(body: bytes) -> dict[str, Any]:
     """The object in a body. ApiError where it is none."""
-
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is no number of JSON")
-
     try:
-        value = json.loads(body, parse_constant=refuse)
-    except (ValueError, RecursionError) as error:  # also bytes that are no text, numbers of thousands of digits
-        raise ApiError(400, f"the body must be JSON, got {type(error).__name__}: {str(error)[:200]}") from None
-    if not isinstance(value, dict):
-        raise ApiError(400, f"the body must be a JSON object, got {type(value).__name__}")
-    return value
+        return chat_request.read_json(body)
+    except ValueError as error:
+        raise ApiError(400, str(error)) from None
 
 
 def read_chat(values: Mapping[str, Any], most_top: int) -> ChatBody:
@@ -157,9 +149,9 @@ def read_chat(values: Mapping[str, Any], most_top: int) -> ChatBody:
         elif fields.has("top_logprobs") and values["top_logprobs"] != 0:
             raise fields.refuse("top_logprobs", "left out without logprobs=true")
         limit = _limit(fields, ("max_completion_tokens", "max_tokens"), 1)
-        tools = _tools(fields)
-        tool_choice = _tool_choice(fields, tools)
-        messages = _messages(fields)
+        tools = read_tools(values)
+        tool_choice = read_tool_choice(values, tools)
+        messages = read_messages(values)
         is_parallel = fields.flag("parallel_tool_calls", True)
         return ChatBody(_options(fields, num_top, limit), messages, tools, tool_choice, is_parallel)
 
@@ -190,7 +182,7 @@ def read_tokenize(values: Mapping[str, Any]) -> TokenizeBody:
             raise fields.refuse("prompt", "there, or messages, one of both")
         if fields.has("prompt"):
             return TokenizeBody(model, fields.text("prompt"), [], [], adds_special)
-        return TokenizeBody(model, None, _messages(fields), _tools(fields), adds_special)
+        return TokenizeBody(model, None, read_messages(values), read_tools(values), adds_special)
 
 
 class _named:
@@ -277,7 +269,7 @@ def _stops(fields: Fields) -> tuple[str, ...]:
     if len(stops) > MOST_STOPS or any(not 0 < len(stop) <= LONGEST_STOP for stop in stops):
         raise fields.refuse("stop", f"at most {MOST_STOPS} texts of 1 to {LONGEST_STOP} characters")
     for stop in stops:
-        _check_unicode(fields, "stop", stop)
+        check_unicode("stop", stop)
     return tuple(stops)
 
 
@@ -292,7 +284,7 @@ def _prompts(fields: Fields) -> list[str | list[int]]:
         raise fields.refuse("prompt", rule)
     for prompt in prompts:
         if isinstance(prompt, str):
-            _check_unicode(fields, "prompt", prompt)
+            check_unicode("prompt", prompt)
         elif not (isinstance(prompt, list) and prompt and _are_ids(prompt)):
             raise fields.refuse("prompt", rule)
     return prompts
@@ -300,98 +292,3 @@ def _prompts(fields: Fields) -> list[str | list[int]]:
 
 def _are_ids(values: Sequence[Any]) -> bool:
     return all(type(value) is int and 0 <= value < 2**31 for value in values)
-
-
-def _check_unicode(fields: Fields, name: str, text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise fields.refuse(name, "valid Unicode") from None
-
-
-def _messages(fields: Fields) -> list[dict[str, Any]]:
-    given = fields.sections("messages")
-    if not 0 < len(given) <= MOST_MESSAGES:
-        raise fields.refuse("messages", f"a list of 1 to {MOST_MESSAGES} messages")
-    return [_message(message) for message in given]
-
-
-def _message(message: Fields) -> dict[str, Any]:
-    """A message as chat templates take it: the content is text, and the arguments of calls are objects."""
-    role = message.choice("role", ROLES)
-    told: dict[str, Any] = {"role": "system" if role == "developer" else role, "content": _content(message)}
-    known = {"role", "content", "name"}
-    if role == "tool":
-        known.add("tool_call_id")
-        told |= {name: message.text(name) for name in ("name", "tool_call_id") if message.has(name)}
-    if role == "assistant":
-        known |= {"tool_calls", "refusal", "audio", "function_call", "annotations", "reasoning_content", "reasoning"}
-        for name in ("refusal", "audio", "function_call", "annotations", "reasoning_content", "reasoning"):
-            if message.values.get(name):
-                raise message.refuse(name, "left out or null, because it is not supported")
-        if message.values.get("tool_calls"):
-            told["tool_calls"] = [_tool_call(call) for call in message.sections("tool_calls")]
-    for name, value in message.values.items():
-        if name not in known and value is not None:
-            raise message.refuse(name[:100], "left out: it is no field of such a message")
-    if not message.has("content") and "tool_calls" not in told:
-        raise message.refuse("content", "text, or a list of parts of text")
-    return told
-
-
-def _content(message: Fields) -> str:
-    given = message.values.get("content")
-    if isinstance(given, list):
-        parts = message.sections("content")
-        for part in parts:
-            part.choice("type", ("text",))
-        content = "".join(part.text("text") for part in parts)
-    else:
-        content = message.text("content", "") if given is None else message.text("content")
-    _check_unicode(message, "content", content)
-    return content
-
-
-def _tool_call(call: Fields) -> dict[str, Any]:
-    call.choice("type", ("function",), "function")
-    function = call.section("function")
-    name, arguments = function.text("name"), function.text("arguments", "{}")
-    try:
-        value = json.loads(arguments or "{}")
-    except (ValueError, RecursionError):
-        raise function.refuse("arguments", "a JSON object in text") from None
-    if not isinstance(value, dict):
-        raise function.refuse("arguments", "a JSON object in text")
-    told = {"type": "function", "function": {"name": name, "arguments": value}}
-    return {"id": call.text("id"), **told} if call.has("id") else told
-
-
-def _tools(fields: Fields) -> list[dict[str, Any]]:
-    tools = []
-    for tool in fields.sections("tools"):
-        tool.choice("type", ("function",))
-        function = tool.section("function")
-        if not function.text("name"):
-            raise function.refuse("name", "text")
-        function.text("description", "")
-        function.section("parameters")
-        tools.append(dict(tool.values))
-    names = [tool["function"]["name"] for tool in tools]
-    if len(set(names)) < len(names):
-        raise fields.refuse("tools", "functions of different names")
-    return tools
-
-
-def _tool_choice(fields: Fields, tools: Sequence[Mapping[str, Any]]) -> str | tuple[str]:
-    given = fields.values.get("tool_choice")
-    if given is None:
-        return "auto" if tools else "none"
-    names = [tool["function"]["name"] for tool in tools]
-    if isinstance(given, dict):
-        choice = fields.section("tool_choice")
-        choice.choice("type", ("function",))
-        return (choice.section("function").choice("name", names),)
-    choice = fields.choice("tool_choice", TOOL_CHOICES)
-    if choice in ("required", "auto") and not tools:
-        raise fields.refuse("tool_choice", "none, or left out, without tools")
-    return choice

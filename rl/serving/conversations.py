@@ -16,6 +16,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rewards.chat_request import same_message
 from rl.data.tokenizer import Tokenizer
 from rl.data.turns import Turns, chat_turns
 from rl.serving.calls import FinishedCall
@@ -82,14 +83,5 @@ class Conversations:
 
 def _name(key: str, tools: Sequence[Mapping[str, Any]], messages: Sequence[Mapping[str, Any]]) -> bytes:
     """A hash of what makes a conversation the same."""
-    told = [key, list(tools), [_normal(message) for message in messages]]
+    told = [key, list(tools), [same_message(message) for message in messages]]
     return hashlib.blake2b(json.dumps(told, sort_keys=True).encode(), digest_size=16).digest()
-
-
-def _normal(message: Mapping[str, Any]) -> list[Any]:
-    calls = []
-    for call in message.get("tool_calls") or ():
-        arguments = call["function"]["arguments"]
-        arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
-        calls.append([call["function"]["name"], arguments])
-    return [message["role"], message.get("content") or "", message.get("name"), calls]

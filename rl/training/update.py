@@ -210,7 +210,7 @@ class Updater:
     def _metrics(self, measured: list[_Measured], entropy: EntropyCoefState, age: int) -> dict[str, float]:
         updates, applied = [], [one for one in measured if one.update.is_applied]
         shown = applied or measured
-        computed = [one for one in shown if one.update.sums.weights["ratio_mean"]]
+        computed = [one for one in shown if one.update.sums.weights["ratio/mean"]]
         for update, finished in computed or shown:
             updates.append({"loss": float(update.loss), "grad_norm": float(update.grad_norm)})
             updates[-1] |= {name: float(value) for name, value in finished.items()}
@@ -223,11 +223,12 @@ class Updater:
         if self._loss_config.has_entropy_bonus:
             metrics["entropy_coef"] = entropy.coef
         first = measured[0].update.difference
-        name = "logprob_drift" if age else "logprob_difference"
         is_known = first.count > 0  # not of tokens from a source of the user's
-        metrics[f"{name}/mean"] = float(first.total) / float(first.count) if is_known else math.nan
-        metrics[f"{name}/max"] = float(first.highest) if is_known else math.nan
-        return {**metrics, "rollout_age": age} if age else metrics
+        mean = float(first.total) / float(first.count) if is_known else math.nan
+        highest = float(first.highest) if is_known else math.nan
+        if age:
+            return {**metrics, "logprob_drift/mean": mean, "logprob_drift/max": highest, "rollout_age": age}
+        return {**metrics, "logprob_difference/mean": mean, "logprob_difference/max": highest}
 
 
 def update_programs(

@@ -73,8 +73,8 @@ def test_the_examples_of_the_documentation_train(tmp_path, monkeypatch):
     folder = train(recipe(tmp_path, *settings, "grpo.advantage_estimator=my_advantages.py:median_baseline"))
     lines = read_metrics(folder)
     assert [line["step"] for line in lines] == [1, 2]
-    assert all(line["grad_norm"] > 0 and line["soft_clip_ratio"] >= 0 for line in lines)
-    assert all("clip_ratio_low_mean" not in line for line in lines)
+    assert all(line["grad_norm"] > 0 and line["loss_term/soft_clip_ratio"] >= 0 for line in lines)
+    assert all("clip_ratio/low_mean" not in line for line in lines)
 
 
 def test_functions_that_repeat_the_toolkits_own_give_the_same_run_which_no_other_file_may_go_on_with(tmp_path):

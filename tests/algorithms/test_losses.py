@@ -25,18 +25,18 @@ METRIC_NAMES = {
     "kl": "kl",
     "entropy": "entropy",
     "policy_loss": "policy_loss",
-    "clip_ratio/low_mean": "clip_ratio_low_mean",
-    "clip_ratio/high_mean": "clip_ratio_high_mean",
-    "clip_ratio/region_mean": "clip_ratio_region_mean",
-    "clip_ratio/low_min": "clip_ratio_low_min",
-    "clip_ratio/high_max": "clip_ratio_high_max",
-    "cispo_clip_ratio": "cispo_clip_ratio",
-    "vespo/phi_seq_mean": "vespo_phi_mean",
-    "sampling/sampling_logp_difference/mean": "sampler_logprob_difference_mean",
-    "sampling/sampling_logp_difference/max": "sampler_logprob_difference_max",
-    "sampling/importance_sampling_ratio/min": "sampler_ratio_min",
-    "sampling/importance_sampling_ratio/mean": "sampler_ratio_mean",
-    "sampling/importance_sampling_ratio/max": "sampler_ratio_max",
+    "clip_ratio/low_mean": "clip_ratio/low_mean",
+    "clip_ratio/high_mean": "clip_ratio/high_mean",
+    "clip_ratio/region_mean": "clip_ratio/region_mean",
+    "clip_ratio/low_min": "clip_ratio/low_min",
+    "clip_ratio/high_max": "clip_ratio/high_max",
+    "cispo_clip_ratio": "cispo/clip_ratio",
+    "vespo/phi_seq_mean": "vespo/phi_mean",
+    "sampling/sampling_logp_difference/mean": "drawn_difference/mean",
+    "sampling/sampling_logp_difference/max": "drawn_difference/max",
+    "sampling/importance_sampling_ratio/min": "sampler_ratio/min",
+    "sampling/importance_sampling_ratio/mean": "sampler_ratio/mean",
+    "sampling/importance_sampling_ratio/max": "sampler_ratio/max",
 }
 DTYPES = {"float64": (np.float64, 1e-12), "float32": (np.float32, 5e-5)}
 
@@ -168,7 +168,7 @@ def metrics_of_the_raw_ratio(problem: Problem) -> dict[str, float]:
     low, high = config.sampler_is_clip_min or 0, config.sampler_is_clip_max or math.inf
     mean = np.mean(ratio_BT[inputs.sequence_mask_B, 0] if of_sequences else ratio_BT[mask_BT])
     cut = np.mean((ratio_BT < low)[mask_BT] | (ratio_BT > high)[mask_BT])
-    return {"sampler_ratio_raw_mean": mean, "sampler_ratio_cut_share": cut}
+    return {"sampler_ratio/raw_mean": mean, "sampler_ratio/cut_share": cut}
 
 
 @pytest.mark.matrix
@@ -195,7 +195,7 @@ def test_golden_case_has_the_loss_gradients_and_metrics_of_trl(name: str, dtype_
         metrics = golden_metrics(case, problem, sums)
         for metric, value in expected_metrics(case).items():
             assert_close(metrics[metric], value, max(tolerance, 1e-6 if "clip" in metric else 0), metric)
-        if "sampler_ratio_mean" in metrics and np.any(problem.inputs.mask_BT > 0):
+        if "sampler_ratio/mean" in metrics and np.any(problem.inputs.mask_BT > 0):
             for metric, value in metrics_of_the_raw_ratio(problem).items():
                 assert_close(metrics[metric], value, tolerance, metric)
 
@@ -466,7 +466,7 @@ def test_on_policy_loss_is_zero_with_centred_advantages_but_its_gradient_is_not(
         loss, grad_BT, _, sums = problem.evaluate()
         metrics = loss_metrics.finish_metrics(sums)
     assert float(loss) == pytest.approx(0, abs=1e-15)
-    assert float(metrics["ratio_mean"]) == float(metrics["ratio_max"]) == 1.0
+    assert float(metrics["ratio/mean"]) == float(metrics["ratio/max"]) == 1.0
     # Each token pulls with -A / (rows * tokens of the row * accumulation steps): 6 real rows of 10 tokens, 2 steps.
     np.testing.assert_allclose(grad_BT[:4, 0], -advantages_B[:4] / (6 * 10 * 2), rtol=1e-12)
 

@@ -65,7 +65,7 @@ def test_dppo_tv_masks_the_tokens_that_leave_the_trust_region():
     expected = -(1.2 * 1.5 * math.log(0.6) + 0.4 * 1.5 * math.log(0.2) + 2 * -2 * math.log(0.9)) / 5
     assert loss == pytest.approx(expected, rel=1e-14)
     np.testing.assert_allclose(grad_BT, [[0, -1.8 / 5, -0.6 / 5], [0, 4 / 5, 0]], rtol=1e-14)
-    assert metrics["dppo_masked"] == pytest.approx(2 / 5)
+    assert metrics["dppo/masked_share"] == pytest.approx(2 / 5)
 
 
 def test_dppo_kl_masks_by_the_binary_divergence():
@@ -78,10 +78,10 @@ def test_dppo_kl_masks_by_the_binary_divergence():
     expected = -(sum(terms) + 2.25 * -2 * math.log(0.9)) / 5
     assert loss == pytest.approx(expected, rel=1e-14)
     np.testing.assert_allclose(grad_BT, [[0, -1.8 / 5, -0.6 / 5], [1.4 / 5, 4.5 / 5, 0]], rtol=1e-14)
-    assert metrics["dppo_masked"] == pytest.approx(1 / 5)
+    assert metrics["dppo/masked_share"] == pytest.approx(1 / 5)
     _, grad_BT, metrics = evaluate(**DPPO, overrides=[*settings, "grpo.epsilon=0.04"])
     assert grad_BT[1].tolist() == [0, pytest.approx(4.5 / 5), 0]
-    assert metrics["dppo_masked"] == pytest.approx(2 / 5)
+    assert metrics["dppo/masked_share"] == pytest.approx(2 / 5)
 
 
 @pytest.mark.parametrize("loss_type", ["dppo_tv", "dppo_kl"])
@@ -93,7 +93,7 @@ def test_dppo_on_policy_is_reinforce_and_certain_tokens_are_finite(loss_type):
     )
     assert loss == pytest.approx(-math.log(0.5) / 2)
     assert grad_BT.tolist() == [[-0.5, -0.5]]
-    assert metrics["dppo_masked"] == 0
+    assert metrics["dppo/masked_share"] == 0
 
 
 def test_gmpo_takes_the_geometric_mean_of_the_ratios_clipped_in_log_space():
@@ -111,7 +111,7 @@ def test_gmpo_takes_the_geometric_mean_of_the_ratios_clipped_in_log_space():
     # A clipped token has no gradient; each other one has a share of 1 / length of -A ratio / 2.
     up, down = -3 * math.exp(0.1) / 3 / 2, math.exp(0.05) / 2 / 2
     np.testing.assert_allclose(grad_BT, [[0, up, up], [0, down, 0]], rtol=1e-14)
-    assert metrics["gmpo_clip_ratio"] == pytest.approx(2 / 5)
+    assert metrics["gmpo/clip_ratio"] == pytest.approx(2 / 5)
 
 
 def test_positive_nll_is_the_token_mean_over_completions_with_a_positive_advantage():

@@ -224,10 +224,10 @@ def test_models_and_prompts_that_cannot_be_are_refused(capsys):
     for arguments, message in (
         (["eval", "~nobody-at-all/run"], "MODEL must be below a home folder that exists"),
         (["sample", "a" * 300, "--prompt", "x"], "MODEL must have at most 255 bytes between slashes"),
-        (["sample", "/no/such/run", "--prompt", "x"], "MODEL must be a run folder, .* got '/no/such/run', and no such"),
+        (["sample", "/no/such/run", "--prompt", "x"], "MODEL must be a run folder, .* got '/no/such/run', which does"),
         (
             ["eval", "runs/none"],
-            "MODEL must be a run folder, .* got 'runs/none', and no such folder exists",
+            "MODEL must be a run folder, .* got 'runs/none', which does not exist",
         ),
         (["sample", "base.yml", "--prompts", "", "--output", "x"], "--prompts must be a file, got ''"),
     ):
@@ -306,12 +306,12 @@ def test_truncated_weights_are_refused(recipe, model_folder):
 
 def test_a_model_that_is_nowhere_is_refused(recipe):
     source = ("model.source=./no/such/model", "tokenizer.source=byte")
-    refuse(recipe, *source, match="model source must be a folder that exists or a hub id")
+    refuse(recipe, *source, match=r"model\.source must be a Hugging Face folder or a hub id .*which does not exist")
     refuse(
         recipe,
         "model.source=./no/such/export",
-        match=r"model\.source must be a folder that exists or a hub id .*got '\./no/such/export', and no such folder "
-        r"exists .*`grpo sft` writes OUTPUT_DIR/export",
+        match=r"model\.source must be a Hugging Face folder or a hub id .*got '\./no/such/export', which does not "
+        r"exist .*`grpo sft` writes OUTPUT_DIR/export",
     )
 
 

@@ -267,7 +267,7 @@ def test_yaml_anchors_and_merge_keys_work(tmp_path):
     [
         ("grpo.stesp", "grpo.steps"),
         ("optimiser.lr", "optimizer.lr"),
-        ("learning_rate", None),
+        ("forgetting", None),
         ("lr", "optimizer.lr"),
         ("tokeniser.source", "tokenizer.source"),
         ("sampling.group_size", "grpo.group_size"),

@@ -15,6 +15,7 @@ from rl.run.metrics import read_metrics, read_samples
 from rl.run_folder.folder import read_run
 from rl.state import reference_sync
 from rl.training.update import Updater
+from tests.helpers.metric_lines import without_entry
 from tests.helpers.places import REWARDS, ROOT
 
 PRESETS = sorted(path.stem for path in (ROOT / "configs" / "presets").glob("*.yml"))
@@ -89,11 +90,11 @@ ADVANTAGES: dict[str, Callable] = {
 # Metrics that only runs with this part of the loss have.
 OWN_METRICS = {
     "adaptive_entropy": {"entropy_coef", "selected_entropy"},
-    "cispo": {"cispo_clip_ratio"},
+    "cispo": {"cispo/clip_ratio"},
     "dapo_full": {"dynamic_sampling/refilled", "reward/overlong/mean"},
-    "dppo_kl": {"dppo_masked"},
-    "dppo_tv": {"dppo_masked"},
-    "gmpo": {"gmpo_clip_ratio"},
+    "dppo_kl": {"dppo/masked_share"},
+    "dppo_tv": {"dppo/masked_share"},
+    "gmpo": {"gmpo/clip_ratio"},
     "positive_nll": {"positive_nll"},
 }
 # So that what a preset does after many steps is done in two.
@@ -134,6 +135,7 @@ def test_a_preset_trains_with_the_advantages_and_parts_of_its_paper(name, tmp_pa
     assert [line["step"] for line in lines] == [1, 2]
     assert len(references) == (name in WITH_REFERENCE)
     for line in lines:
+        assert not without_entry(line)
         assert line["skipped_updates"] == 0
         assert line["grad_norm"] > 0
         assert np.isfinite(line["loss"])

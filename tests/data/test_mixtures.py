@@ -387,7 +387,7 @@ def test_each_source_has_its_own_examples_and_template_variables(tokenizer, sums
         ("few_shot: [{prompt: 'a'}]", r"few_shot row 0 must have the columns prompt and answer, got \['prompt'\]"),
         ("few_shot: [{prompt: 'a', answer: 1}, {prompt: b, answer: ' '}]", r"row 1: column 'answer' must .*' '"),
         ("few_shot: [{prompt: [], answer: 1}]", r"few_shot row 0: the prompt must be text or a list of messages"),
-        ("few_shot: missing.csv", r"data source 'missing\.csv' must be an existing file"),
+        ("few_shot: missing.csv", r"data source must be a \.csv file, got 'missing\.csv'"),
         ("few_shot: 'SUMS'", r"must hold a row that is none of the examples of data\.few_shot, got none"),
         ("few_shot: 'ftp://a/b.jsonl'", r"data\.few_shot must"),
         ("few_shot: ''", r"data\.few_shot must be a name or path, got ''"),

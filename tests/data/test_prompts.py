@@ -138,7 +138,7 @@ def test_empty_data_set_is_refused(tmp_path):
 @pytest.mark.parametrize("source", ["missing.jsonl", "missing.parquet"])
 def test_missing_file_is_refused(source):
     for args in ({}, {"digits": 2}):  # those of the source that the file takes the place of
-        with pytest.raises(ValueError, match=rf"'{source}' must be an existing file"):
+        with pytest.raises(ValueError, match=rf"got '{source}', which does not exist"):
             load_rows(source, args, COLUMNS, 0)
 
 

@@ -171,7 +171,7 @@ def test_a_file_that_is_missing_is_never_asked_of_the_hub(monkeypatch, tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets, "load_dataset", None)
     for source in ("q.csv", "user/q.json", "q.tsv[:3]", "q.arrow", "Q.JSONL"):
-        with pytest.raises(ValueError, match="must be an existing file"):
+        with pytest.raises(ValueError, match="which does not exist"):
             read(source)
     (tmp_path / "other").write_text("prompt,answer\na,1\n")
     for source in ("q.jsonl.gz", "user/q.xlsx", "other"):

@@ -228,7 +228,7 @@ def test_supervised_fine_tuning_and_one_json_value_are_not_streamed(tokenizer, f
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(ValueError, match=r"must hold at least one row, got an empty data set"):
         stream(tokenizer, tmp_path / "empty.jsonl")
-    with pytest.raises(ValueError, match=r"nothing\.csv' must be an existing file"):
+    with pytest.raises(ValueError, match=r"nothing\.csv', which does not exist"):
         stream(tokenizer, tmp_path / "nothing.csv")
 
 

@@ -8,7 +8,9 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
-from rewards.environment_runner import EnvironmentRunner
+from rewards.environment import TurnTokens
+from rewards.environment_replies import asked_digest
+from rewards.environment_runner import EnvironmentReply, EnvironmentRunner
 from tests.helpers.environments import ask
 from tests.helpers.environments import start as start_runner
 
@@ -91,6 +93,38 @@ async def impatient(base_url, row, api_key):
     return 0.5
 
 
+async def interleaves(base_url, row, api_key):
+    """Two chats of one client: in turn, and then both at one time, each after so many seconds."""
+    import openai
+    client = openai.AsyncOpenAI(base_url=base_url, api_key=api_key, max_retries=0)
+    chats = {name: [{"role": "user", "content": name}] for name in "ab"}
+    used = []
+
+    async def ask(name, seconds=0.0):
+        await asyncio.sleep(seconds)
+        answer = await client.chat.completions.create(model="policy", messages=chats[name])
+        used.append((answer.usage.total_tokens, answer.choices[0].finish_reason))
+        chats[name] += [answer.choices[0].message.model_dump(exclude_none=True), {"role": "user", "content": "on"}]
+
+    for name in "abab":
+        await ask(name)
+    await asyncio.gather(*[ask(name, seconds) for name, seconds in row["seconds"].items()])
+    return float(used == [(5, "length")] + [(5, "stop")] * 5)
+
+
+async def leaves_a_task(base_url, row, api_key):
+    """A task that it starts wants to end the process, in the middle of a call."""
+    async def end():
+        await asyncio.sleep(0.05)
+        raise SystemExit(3)
+
+    task = asyncio.create_task(end())
+    await chat(base_url, api_key, [{"role": "user", "content": "go"}])
+    if row.get("awaits"):
+        await task
+    return 0.75
+
+
 async def exits(base_url, row, api_key):
     await chat(base_url, api_key, [{"role": "user", "content": "go"}])
     raise SystemExit(3)
@@ -152,6 +186,8 @@ def runner(agents) -> Iterator[EnvironmentRunner]:
         "impatient",
         "hangs",
         "plain",
+        "interleaves",
+        "leaves_a_task",
         log_path=agents.with_suffix(".log"),
     ) as runner:
         yield runner
@@ -192,6 +228,48 @@ def test_a_call_with_another_history_or_other_tools_begins_again_and_calls_at_on
     ask(runner, 0, "finish", "done")
 
 
+def interleaved(runner: EnvironmentRunner, seconds: dict[str, float], expects: list[str]) -> list[EnvironmentReply]:
+    """The replies of an episode of two chats. expects: the digests of an earlier one's, or none."""
+    known = [*expects, *[None] * (7 - len(expects))]
+    replies = [ask(runner, 0, "begin", {"environment": "interleaves", "seconds": seconds}, 1, known[0])]
+    for turn in range(6):
+        replies.append(ask(runner, 0, "step", f"answer {turn}", TurnTokens(3, 2, not turn), known[turn + 1]))
+    assert ask(runner, 0, "finish", "done").failure is None
+    return replies
+
+
+def test_a_call_goes_on_with_any_earlier_sequence_and_calls_at_one_time_come_as_before(runner):
+    begun, *replies = interleaved(runner, {"a": 0.0, "b": 0.0}, [])
+    on = [{"role": "user", "content": "on"}]
+    assert begun.messages == [{"role": "user", "content": "a"}]
+    asked = [(reply.prompt, reply.messages, reply.sequence) for reply in replies]
+    assert asked[0] == ([{"role": "user", "content": "b"}], [], None)
+    assert asked[1:5] == [(None, on, number) for number in (0, 1, 0, 1)]
+    assert (replies[-1].done, replies[-1].reward) == (True, 1.0), "answers say what they took and what has cut them"
+    digests = [asked_digest(reply) for reply in (begun, *replies)]
+    # In whatever order they are made at one time, they come in the order of what they say.
+    assert [asked_digest(reply) for reply in interleaved(runner, {"b": 0.0, "a": 0.0}, [])] == digests
+    late = [asked_digest(reply) for reply in interleaved(runner, {"a": 0.1, "b": 0.0}, [])]
+    assert (late[:4], late[4:6]) == (digests[:4], [asked_digest(EnvironmentReply(0, "step", on)), digests[4]])
+    # Played again, they come as they did.
+    again = interleaved(runner, {"a": 0.1, "b": 0.0}, digests[:-1])
+    assert [asked_digest(reply) for reply in again] == digests
+
+
+def test_a_task_of_an_agent_that_wants_to_end_the_process_costs_no_other_episode(runner):
+    for episode, row in enumerate(({}, {"awaits": True})):
+        ask(runner, episode, "begin", {"environment": "leaves_a_task", **row}, 1)
+    time.sleep(0.1)
+    ended = ask(runner, 0, "step", "text")
+    assert (ended.done, ended.reward) == (True, 0.75)
+    kind, line = ask(runner, 1, "step", "text").failure
+    assert (kind, line.partition(" (")[0]) == (
+        "exception",
+        "RuntimeError: a task wanted to end the process, with SystemExit(3)",
+    )
+    assert ask(runner, 0, "finish", "done").failure is None
+
+
 def test_a_plain_function_asks_with_a_client_that_blocks(runner):
     for episode, row in enumerate(({}, {"breaks": True})):
         begun = ask(runner, episode, "begin", {"environment": "plain", **row}, 1)
@@ -228,11 +306,11 @@ def test_what_is_no_request_and_what_cannot_be_had_is_refused_by_name(runner):
         ({"messages": messages, "logprobs": True}, "logprobs", "logprobs must be null or false"),
         ({"messages": messages, "tool_choice": "required"}, "tool_choice", 'null or "auto" or "none"'),
         ({"messages": messages, "response_format": {"type": "json_object"}}, "unsupported", "must be text"),
-        ({"messages": []}, "messages", "must be a list of messages"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages", "must be text"),
+        ({"messages": []}, "messages", "must be a list of 1 to 10000 messages"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages", "must be one of text"),
         ({"messages": [{"role": "assistant", "tool_calls": [{"function": {}}]}]}, "messages", "tool_calls"),
-        ({"messages": [{"role": "assistant", "tool_calls": 5}]}, "messages", "tool_calls of a message must be a list"),
-        ({"messages": messages, "tools": [1]}, "tools", "list of functions"),
+        ({"messages": [{"role": "assistant", "tool_calls": 5}]}, "messages", "tool_calls must be a list"),
+        ({"messages": messages, "tools": [1]}, "tools", "list of objects"),
         ([], "json", "a JSON object"),
     ):
         refused = httpx.post(f"{url}/chat/completions", json=body)

@@ -1,5 +1,6 @@
 """An agent of openai's client in a run: its turns are those that were drawn; another history is another sequence."""
 
+import itertools
 import json
 import os
 import pathlib
@@ -12,6 +13,7 @@ import pytest
 from rl.config.load import load_config
 from rl.grpo_trainer import train
 from rl.run.metrics import read_metrics, read_samples
+from tests.helpers.metric_lines import without_entry
 from tests.helpers.places import ROOT
 from tests.rollout.test_episodes import RECIPE, TEMPLATE
 
@@ -20,7 +22,7 @@ VF_EVAL = os.environ.get("TANDEM_VF_EVAL") or shutil.which("vf-eval")
 
 AGENT = '''
 async def run(base_url, row, api_key):
-    """Asks once more, and then as often with a summary as the row says."""
+    """Asks once more, and then as often with a summary as the row says; or leads two chats, which take turns."""
     import openai
 
     client = openai.AsyncOpenAI(base_url=base_url, api_key=api_key, max_retries=0)
@@ -30,6 +32,13 @@ async def run(base_url, row, api_key):
         answer = await client.chat.completions.create(model="policy", messages=messages)
         messages.append(answer.choices[0].message.model_dump(exclude_none=True))
 
+    if row["times"] == 3:
+        chats = [[*row["prompt"]], [{"role": "user", "content": "another"}]]
+        for said in ("more", "done"):
+            for messages in chats:
+                await ask()
+                messages.append({"role": "user", "content": said})
+        return 0.25
     await ask()
     messages.append({"role": "user", "content": "more"})
     await ask()
@@ -46,25 +55,32 @@ def folder(tmp_path_factory) -> pathlib.Path:
     (folder / "agent.py").write_text(AGENT)
     (folder / "chat.jinja").write_text(TEMPLATE)
     (folder / "recipe.yml").write_text(RECIPE)
-    rows = [{"prompt": f"play {times}", "times": times} for times in (0, 1, 2)]
+    rows = [{"prompt": f"play {times}", "times": times} for times in (0, 1, 2, 3)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
 
 def overrides(folder: pathlib.Path, *more: str) -> list[str]:
     keys = [f"data.source={folder / 'rows.jsonl'}", "data.chat=true", f"rollout.agent={folder / 'agent.py'}:run"]
-    keys += [f"tokenizer.chat_template={folder / 'chat.jinja'}", "rewards.functions=[]", "grpo.prompts_per_step=3"]
-    return [*keys, "grpo.minibatches=1", "grpo.steps=1", "rollout.max_turns=4", *more]
+    keys += [f"tokenizer.chat_template={folder / 'chat.jinja'}", "rewards.functions=[]", "grpo.prompts_per_step=4"]
+    keys += ["rollout.tool_format=hermes", "rollout.max_turns=4"]
+    return [*keys, "grpo.minibatches=1", "grpo.steps=1", *more]
+
+
+def runs_of(trained: list[int]) -> list[int]:
+    """1 for each run of drawn tokens, 0 for each of others."""
+    return [kind for kind, _ in itertools.groupby(trained)]
 
 
 def test_an_agent_is_trained_by_what_was_drawn_and_another_history_is_a_sequence_of_its_own(folder):
-    settings = overrides(folder, "rollout.max_sequences=2", f"output_dir={folder / 'run'}")
+    settings = overrides(folder, "rollout.max_sequences=2", "rollout.max_turn_tokens=5", f"output_dir={folder / 'run'}")
     path = train(load_config(folder / "recipe.yml", settings))
     (line,), samples = read_metrics(path), read_samples(path)
+    assert not without_entry(line)
     by_times: dict[str, list[dict]] = {}
     for sample in samples:
         by_times.setdefault(sample["prompt"][0]["content"], []).append(sample)
-    assert {name: len(own) for name, own in by_times.items()} == {"play 0": 4, "play 1": 4, "play 2": 4}
+    assert {name: len(own) for name, own in by_times.items()} == {f"play {times}": 4 for times in range(4)}
     for sample in by_times["play 0"]:
         assert (sample["turns"], sample["ended"], sample["rewards"]) == (2, "done", {"environment": 1.0})
         assert [message["role"] for message in sample["messages"]] == ["assistant", "user", "assistant"]
@@ -76,9 +92,18 @@ def test_an_agent_is_trained_by_what_was_drawn_and_another_history_is_a_sequence
         assert len(further["token_ids"]) > 0
     for sample in by_times["play 2"]:
         assert (sample["ended"], sample["rewards"]) == ("too_many_sequences", {"environment": None})
-    assert line["episodes/too_many_sequences"] == pytest.approx(1 / 3)
-    assert line["turns/max"] == 3
-    assert line["sampler_logprob_difference_max"] <= 1e-4
+    for sample in by_times["play 3"]:
+        (further,) = sample["further"]
+        assert (sample["turns"], sample["ended"], sample["rewards"]) == (4, "done", {"environment": 0.25})
+        assert sample["turn_sequences"] == [0, 1, 0, 1]
+        assert further["prompt"] == [{"role": "user", "content": "another"}]
+        asked = [message["content"] for message in sample["messages"] if message["role"] == "user"]
+        assert asked == ["more", "more"]
+        for sequence in (sample, further):
+            assert runs_of(sequence["trained"]) == [1, 0, 1]
+    assert line["episodes/too_many_sequences"] == pytest.approx(1 / 4)
+    assert line["turns/max"] == 4
+    assert line["drawn_difference/max"] <= 1e-4
 
 
 @pytest.mark.parametrize(
@@ -95,6 +120,14 @@ def test_what_cannot_be_with_an_agent_is_refused(folder, key, rule):
         load_config(folder / "recipe.yml", overrides(folder, key))
 
 
+@pytest.mark.parametrize("role", ["tool", "user"])
+def test_a_template_whose_calls_nobody_can_read_is_refused_at_the_start(folder, role):
+    settings = overrides(folder, "rollout.tool_format=auto", f"rollout.tool_role={role}")
+    with pytest.raises(ValueError, match=r"rollout\.tool_format must be one of hermes.* with rollout\.agent"):
+        train(load_config(folder / "recipe.yml", [*settings, f"output_dir={folder / 'refused'}"]))
+    assert not (folder / "refused").exists()
+
+
 @pytest.mark.long
 @pytest.mark.skipif(VF_EVAL is None or shutil.which("uv") is None, reason="verifiers 0.4 or uv is not installed")
 def test_a_taskset_of_verifiers_is_trained_as_the_page_on_environments_shows(folder, tmp_path):
@@ -106,7 +139,12 @@ def test_a_taskset_of_verifiers_is_trained_as_the_page_on_environments_shows(fol
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"prompt": "task", "task": i}) + "\n" for i in range(2)))
     keys = [f"data.source={tmp_path / 'rows.jsonl'}", f"rollout.agent={tmp_path / 'plays.py'}:play", "data.chat=true"]
     keys += [f"tokenizer.chat_template={folder / 'chat.jinja'}", "rewards.functions=[]", "grpo.prompts_per_step=1"]
-    keys += ["grpo.minibatches=1", "rollout.step_timeout_seconds=300", f"output_dir={tmp_path / 'run'}"]
+    keys += [
+        "rollout.tool_format=hermes",
+        "grpo.minibatches=1",
+        "rollout.step_timeout_seconds=300",
+        f"output_dir={tmp_path / 'run'}",
+    ]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     command = [pathlib.Path(VF_EVAL).with_name("python"), "-m", "rl.cli", "train", folder / "recipe.yml", *keys]
     done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)

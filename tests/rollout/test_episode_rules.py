@@ -76,10 +76,10 @@ class Environments:
     def environment_of(self, row: Any) -> str:
         return "game"
 
-    def begin(self, episode: int, row: Any, seed: int) -> None:
+    def begin(self, episode: int, row: Any, seed: int, expects: Any = None) -> None:
         self._replies.append(EnvironmentReply(episode, "begin", self._opened[episode]))
 
-    def step(self, episode: int, text: str) -> None:
+    def step(self, episode: int, text: str, tokens: Any = None, expects: Any = None) -> None:
         failure = ("exception", "lost") if self._last_raises and episode == len(self._opened) - 1 else None
         action, said = {"role": "assistant", "content": text}, [{"role": "user", "content": self._said}]
         self._replies.append(EnvironmentReply(episode, "step", said, action, failure=failure))

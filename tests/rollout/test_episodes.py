@@ -23,7 +23,7 @@ from rl.run.metrics import read_metrics, read_samples
 from rl.sampler.slot_session import SlotSession
 from rl.tools.evaluate import evaluate_source
 from rl.tools.samples.sample import main as sample_main
-from tests.helpers.metric_lines import steady
+from tests.helpers.metric_lines import steady, without_entry
 from tests.helpers.places import ROOT
 
 # Each kind of row ends in its own way. A group has four episodes, which start alike unless the kind says otherwise.
@@ -120,7 +120,9 @@ def start(folder: pathlib.Path, name: str, *overrides: str) -> tuple[list[dict[s
     """The metrics and samples of a run."""
     arguments = [f"output_dir={folder / name}", f"data.source={folder / 'rows.jsonl'}", *overrides]
     path = train(load_config(folder / "recipe.yml", arguments))
-    return read_metrics(path), read_samples(path)
+    lines = read_metrics(path)
+    assert not any(map(without_entry, lines))
+    return lines, read_samples(path)
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +170,7 @@ def test_both_flavours_play_the_same_episodes_bit_for_bit(runs):
 
 def test_the_sampler_and_the_trainer_agree_on_every_token_that_was_drawn(runs):
     for line in runs["true"][0]:
-        assert line["sampler_logprob_difference_max"] <= 1e-4
+        assert line["drawn_difference/max"] <= 1e-4
     assert runs["true"][0][1]["compiles"] == 0, "all programs are there after the first step"
 
 
@@ -177,7 +179,7 @@ def test_tokens_are_appended_and_only_drawn_ones_are_trained(samples):
     for sample in [sample for own in samples.values() for sample in own]:
         # Runs of drawn tokens and of observations, in turn.
         runs: list[tuple[int, list[int]]] = []
-        trained = sample.get("trained", [1] * sample["tokens"])
+        trained = sample.get("trained", [1] * sample["num_tokens"])
         for token, is_drawn in zip(sample["token_ids"], trained, strict=True):
             if not runs or runs[-1][0] != is_drawn:
                 runs.append((is_drawn, []))
@@ -330,7 +332,7 @@ def test_an_environment_may_begin_again_and_all_sequences_are_trained(folder):
         assert sample["rewards"]["told"] == len(sample["completion"])
     for line in metrics:
         assert line["episodes/too_many_sequences"] == pytest.approx(1 / 3)
-        assert line["sampler_logprob_difference_max"] <= 1e-4, "each sequence is trained behind the prompt it was drawn"
+        assert line["drawn_difference/max"] <= 1e-4, "each sequence is trained behind the prompt it was drawn"
         assert line["grad_norm"] > 0
     assert metrics[1]["compiles"] == 0
     for sample in (lost[0], next(sample for sample in samples if sample not in lost)):  # of the first step
@@ -383,7 +385,7 @@ def _check_turn_advantages(metrics, samples):
                 want = (np.array(values) - np.mean(flat)) / (np.std(flat, ddof=1) + 1e-4)
                 got = group[number]["turn_advantages"]
                 np.testing.assert_allclose(got, want, atol=1e-12)
-                trained = group[number].get("trained", [1] * group[number]["tokens"])
+                trained = group[number].get("trained", [1] * group[number]["num_tokens"])
                 lengths = [len(run) for run in "".join(map(str, trained)).split("0") if run]
                 assert len(lengths) == len(values)
                 means.append(np.average(want, weights=lengths))
@@ -522,4 +524,4 @@ def test_a_run_that_is_killed_in_mid_episode_goes_on_as_if_it_had_not_been(folde
     metrics, again = start(folder, "cut short", *game, "pure_nnx=false")
     assert re.search(r"step 2: \d+ whole episodes and \d+ begun ones are from the journal", capsys.readouterr().out)
     assert again == [sample for sample in samples if sample["step"] < 3]
-    assert metrics[1]["sampler_logprob_difference_max"] <= 1e-4
+    assert metrics[1]["drawn_difference/max"] <= 1e-4

@@ -21,6 +21,7 @@ from rl.sampler.slot_sampler import Sampler
 from rl.sampler.token_draw import SamplingParams
 from rl.state.origin import Origin, tokenizer_from_config
 from rl.tools.evaluate import evaluate_source
+from tests.helpers.metric_lines import without_entry
 from tests.helpers.places import FILES, REWARDS
 
 MODELS = FILES / "models"
@@ -83,6 +84,7 @@ def test_checkpoint_keeps_how_the_reward_functions_are_called(run):
 
 def test_functions_know_the_moment_and_what_they_log_is_in_metrics_and_samples(run):
     lines = read_metrics(run)
+    assert not any(map(without_entry, lines))
 
     def told(line, place):
         return [line[f"{place}reward/told/{name}"] for name in ("global_step", "max_steps", "epoch")]
@@ -125,11 +127,11 @@ def test_an_evaluation_of_a_mixture_has_the_numbers_of_each_source(run, evaluate
     for name, sign in (("add", "+"), ("subtract", "-")):
         own = [sample for sample in result.samples if sign in sample["prompt"]]
         right = sum(eval(sample["prompt"].rstrip("=")) % 2 == 0 for sample in own)
-        assert metrics[f"eval/{name}/accuracy"] == metrics[f"eval/{name}/reward/even"] == right / len(own)
+        assert metrics[f"eval/{name}/accuracy"] == metrics[f"eval/{name}/reward/even/mean"] == right / len(own)
         assert (metrics[f"eval/{name}/accuracy_low"], metrics[f"eval/{name}/accuracy_high"]) == wilson_interval(
             right, len(own)
         )
-        assert metrics[f"eval/{name}/reward/digits"] == pytest.approx(
+        assert metrics[f"eval/{name}/reward/digits/mean"] == pytest.approx(
             sum(sample["rewards"]["digits"] for sample in own) / len(own)
         )
     counts = [metrics[f"eval/{name}/accuracy"] * metrics[f"eval/{name}/prompts"] for name in ("add", "subtract")]
@@ -280,7 +282,7 @@ def test_training_warns_of_text_prompts_for_a_chat_model_and_of_variables_withou
 def test_run_evaluates_before_the_first_step_and_after_the_last(run, evaluated):
     lines = [line for line in read_metrics(run) if "eval/accuracy" in line]
     assert [line["step"] for line in lines] == [0, 1, 2]
-    assert lines[-1]["eval/reward/digits"] == pytest.approx(evaluated[0].means["digits"])
+    assert lines[-1]["eval/reward/digits/mean"] == pytest.approx(evaluated[0].means["digits"])
 
 
 def test_eval_command_prints_the_interval_and_writes_every_sample(run, tmp_path, capsys):

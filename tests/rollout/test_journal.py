@@ -84,11 +84,11 @@ class Environments:
     def environment_of(self, row: Any) -> str:
         return "game"
 
-    def begin(self, episode: int, row: Any, seed: int) -> None:
+    def begin(self, episode: int, row: Any, seed: int, expects: Any = None) -> None:
         self._turns[episode] = 0
         self._reply("begin", episode, row["prompt"])
 
-    def step(self, episode: int, text: str) -> None:
+    def step(self, episode: int, text: str, tokens: Any = None, expects: Any = None) -> None:
         self._turns[episode] += 1
         turns, said = self._turns[episode], [{"role": "user", "content": f"{self._said} {text}"}]
         action, done = {"role": "assistant", "content": text}, turns == TURNS[episode % 4]
@@ -109,6 +109,22 @@ class Environments:
         self._replies.append(EnvironmentReply(episode, op, *arguments, **fields))
 
 
+class Interleaved(Environments):
+    """Leads two conversations that take turns, in five turns. told: what each turn took and what was expected."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.told: dict[tuple[int, int], tuple[Any, Any]] = {}
+
+    def step(self, episode: int, text: str, tokens: Any = None, expects: Any = None) -> None:
+        self._turns[episode] += 1
+        turns, action = self._turns[episode], {"role": "assistant", "content": text}
+        self.told[episode, turns] = tokens, expects
+        said = [] if turns in (1, 5) else [{"role": "user", "content": f"on {text}"}]
+        more = {1: {"prompt": "other"}, 2: {"sequence": 0}, 3: {"sequence": 1}}.get(turns, {})
+        self._reply("step", episode, said, action=action, done=turns == 5, **more)
+
+
 def play(
     journal: StepJournal | None,
     environments: Any,
@@ -120,7 +136,7 @@ def play(
     """A group of four episodes. most: turns after which the run stops. index: of its prompt."""
     session = Session(most)
     sampler: Any = types.SimpleNamespace(open=lambda *arguments: session)
-    limits = EpisodeLimits(prompt_tokens=40, turns=20, turn_tokens=7, tokens=200)
+    limits = EpisodeLimits(prompt_tokens=40, turns=20, turn_tokens=7, tokens=200, sequences=2)
     source = EpisodeSource(environments, {"game": text_turns(TOKENIZER)}, TOKENIZER, limits, EnvironmentReward())
     source.in_order = in_order
     row = PromptRow(asked, np.array(TOKENIZER.encode(asked), np.int32), {"answer": 4}, 0)
@@ -143,7 +159,7 @@ def stop(folder: pathlib.Path, most: int, in_order: bool = False) -> None:
 def outcome(episodes: Sequence[Episode]) -> list[Any]:
     """All that must be equal, bit for bit."""
     return [
-        [e.token_ids, e.trained, e.messages, e.unread, e.reward, e.ended, e.metrics]
+        [e.all_ids, e.trained, e.messages, e.unread, e.reward, e.ended, e.metrics, e.places]
         + [(turn.policy_logprobs.tobytes(), turn.sampler_logprobs.tobytes()) for turn in e.turns]
         for e in episodes
     ]
@@ -173,6 +189,29 @@ def test_a_step_that_was_cut_short_goes_on_as_if_it_had_not_been(folder, most, i
         assert (outcome(episodes), environments.asked) == (outcome(whole), [])
         assert again.told() == ["step 1: 4 whole episodes and 0 begun ones are from the journal"]
     assert episode_metrics(episodes) == episode_metrics(whole)
+
+
+@pytest.mark.parametrize("most", [1, 6, 11, 15, 19])
+def test_sequences_that_take_turns_go_on_as_if_the_step_had_not_been_cut_short(folder, most):
+    environments = Interleaved()
+    whole, session = play(None, environments)
+    for episode in whole:
+        first, second = episode.sequences
+        assert (episode.ended, episode.places) == ("done", [0, 1, 0, 1, 1])
+        assert [len(first.turns), len(second.turns)] == [2, 3]
+        assert sum(first.trained) == 6 < len(first.token_ids)
+    assert len({episode.sequences[1].sample for episode in whole}) == 4
+    with pytest.raises(StoppedError), Journal(folder) as journal:
+        play(journal.step(0, PARAMS), Interleaved(), most)
+    again = Interleaved()
+    with Journal(folder) as journal:
+        episodes, session = play(journal.step(0, PARAMS), again)
+    assert outcome(episodes) == outcome(whole)
+    assert session.num_drawn == 20 - most
+    told = {key: tokens for key, (tokens, _) in environments.told.items()}
+    assert {key: told[key] for key in again.told} == {key: tokens for key, (tokens, _) in again.told.items()}
+    expected = [key for key, (_, expects) in again.told.items() if expects is not None]
+    assert expected, "an environment that is played again hears what it asked before"
 
 
 def test_an_environment_that_answers_otherwise_gets_its_episode_drawn_again_and_the_next_start_knows(folder):

@@ -119,7 +119,7 @@ def test_a_folder_without_a_head_or_for_a_larger_tokenizer_is_refused_by_name(tm
     safetensors.numpy.save_file({**tensors, "score.weight": np.concatenate([score, score])}, path)
     with pytest.raises(ValueError, match=r"score.weight must have shape \(1, 32\), got \(2, 32\)"):
         model_of(tmp_path, folder)
-    with pytest.raises(ValueError, match=r"reward 'judge': model source must be a folder that exists or a hub id"):
+    with pytest.raises(ValueError, match=r"reward 'judge': the model must be a Hugging Face folder or a hub id"):
         model_of(tmp_path, tmp_path / "nowhere")
 
 
@@ -132,7 +132,7 @@ def test_a_run_is_rewarded_and_evaluated_by_a_reward_model_and_resumes_with_no_o
         answer = [{"role": "assistant", "content": sample["completion"]}]
         wanted = model([sample["prompt"]], [answer])[0]
         assert sample["rewards"]["judge"] == pytest.approx(wanted, abs=1e-5)
-    first, last = [line["eval/reward/judge"] for line in read_metrics(run) if "eval/reward/judge" in line]
+    first, last = [line["eval/reward/judge/mean"] for line in read_metrics(run) if "eval/reward/judge/mean" in line]
     assert np.isfinite([first, last]).all()
     identity = json.loads((run / "run.json").read_text())["reward_models"]["judge"]
     assert identity.keys() == {"source", "hash", "tokenizer"}
@@ -156,7 +156,7 @@ def test_grpo_eval_scores_with_a_reward_model(tmp_path):
     from rl.tools.evaluate import evaluate_source
 
     run = train(recipe(tmp_path, write_folder("qwen3", tmp_path / "qwen3")))
-    last = read_metrics(run)[-1]["eval/reward/judge"]
+    last = read_metrics(run)[-1]["eval/reward/judge/mean"]
     assert evaluate_source(run)[0].means["judge"] == pytest.approx(last, abs=1e-5)
 
 

@@ -56,10 +56,10 @@ def test_rounded_rollouts_are_corrected_for_and_leave_no_prefix_in_memory(pure_n
     rounded = run("rounded", "sampling.kv_dtype=int8", "sampling.weight_dtype=int8")
     assert len(exact) == len(rounded) == 2
     for line in exact:
-        assert line["sampler_logprob_difference_max"] < 1e-5
-        assert line["sampler_ratio_max"] == pytest.approx(1, abs=1e-4)
+        assert line["drawn_difference/max"] < 1e-5
+        assert line["sampler_ratio/max"] == pytest.approx(1, abs=1e-4)
     for line in rounded:
-        assert 1e-5 < line["sampler_logprob_difference_mean"] < 0.2
-        assert line["sampler_ratio_min"] < 1 - 1e-4
+        assert 1e-5 < line["drawn_difference/mean"] < 0.2
+        assert line["sampler_ratio/min"] < 1 - 1e-4
     assert len(prefixes) == 4
     assert alive_in_updates == [0] * 4

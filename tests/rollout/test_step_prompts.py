@@ -193,7 +193,7 @@ def test_a_comparison_found_in_the_run_is_warned_of_once_kept_and_refused_beside
     told = capsys.readouterr()
     assert (told.out + told.err).count("'shy' is called with whole batches, for in a batch of this run") == 1
     assert (told.out + told.err).count("evaluation leaves out shy") == 1
-    assert "eval/reward/shy" in read_metrics(whole)[0]
+    assert "eval/reward/shy/mean" in read_metrics(whole)[0]
     for start in range(0, 48, 12):
         batch = read_samples(whole)[start : start + 12]
         lengths = [len(sample["completion"]) for sample in batch]
@@ -342,7 +342,7 @@ def test_overlong_completions_are_punished_and_it_shows_as_a_metric_of_its_own(t
     # At most 6 tokens, the last 3 of them the buffer: 4 tokens cost 1/3, 5 cost 2/3, 6 cost 1.
     expected = {1: 0.0, 2: 0.0, 3: 0.0, 4: -1 / 3, 5: -2 / 3, 6: -1.0}
     samples = read_samples(folder)
-    assert all(sample["rewards"]["overlong"] == pytest.approx(expected[sample["tokens"]]) for sample in samples)
+    assert all(sample["rewards"]["overlong"] == pytest.approx(expected[sample["num_tokens"]]) for sample in samples)
     assert len({sample["rewards"]["overlong"] for sample in samples}) > 2
     for line in read_metrics(folder):
         mine = [sample["rewards"] for sample in samples if sample["step"] == line["step"]]

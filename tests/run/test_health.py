@@ -183,7 +183,7 @@ def test_sign_that_lasts_is_named_with_the_key_to_change_and_ever_more_seldom(ba
 
 def test_step_without_a_judged_completion_names_the_function_and_its_failure_and_nothing_else():
     step = {"unjudged_share": 1.0, "masked_share": 1.0, "zero_variance_share": 1.0, "entropy": 0.0}
-    step |= {"reward/a/b/exception": 3, "reward/a/b/none": 2, "reward/late/timeout": 1, "reward/late/mean": math.nan}
+    step |= {"reward/a/b/exception": 3, "reward/a/b/none": 2, "reward/late/timeouts": 1, "reward/late/mean": math.nan}
     checkups = run_of([step] * 4)
     assert [len(checkup.warnings) for checkup in checkups] == [1, 1, 0, 1]
     (warning,) = checkups[0].warnings
@@ -339,7 +339,7 @@ def test_a_resumed_run_remembers_how_long_a_reward_was_down(recipe):
 
 def test_a_run_that_has_its_steps_already_says_so_and_one_that_stopped_how_it_goes_on(tmp_path, capsys):
     for steps_key in ("grpo.steps", "sft.steps"):
-        with RunLog(20, steps_key) as log:
+        with RunLog(load_config(None, [f"{steps_key}=20"]), steps_key) as log:
             log.resumed(267)
             log.resumed(7)
             log.saved(20, tmp_path)

@@ -197,7 +197,7 @@ def test_a_run_killed_on_two_machines_equals_the_uninterrupted_run_and_every_com
     assert "checkpoint" in grpo("checkpoint", "inspect", url)
     assert grpo("checkpoint", "verify", url).endswith("whole\n")
     assert url in grpo("report", url)
-    assert store.read("reward.png") is not None
+    assert store.read("report.html") is not None
     assert grpo("export", url, f"{url}-model").startswith(f"exported step {STEPS}")
     lines = grpo("sample", f"{url}-model", "--prompt", "1+1=", "--output", f"{url}-out/samples.jsonl")
     assert lines == ""

@@ -196,6 +196,8 @@ def test_code_is_found_without_being_imported(tmp_path, monkeypatch, code):
             f"grpo.advantage_estimator={code}:advantage",
             f"sampling.source={code}:source",
             "logging.compilation_cache=~/cache",
+            f"logging.trackers=['{code}:make_tracker', wandb, mlflow]",
+            "logging.tracker_args.mlflow.tracking_uri=http://127.0.0.1",  # which hears what the run says
         ],
     )
     programs = load_config(None, ["compiled_file=programs.bin"])
@@ -218,6 +220,8 @@ def test_code_is_found_without_being_imported(tmp_path, monkeypatch, code):
         ("rollout.tools", "own.py:add"): code,
         ("compiled_file", "programs.bin"): pathlib.Path.cwd() / "programs.bin",
         ("logging.compilation_cache", "cache"): pathlib.Path.home() / "cache",
+        ("logging.trackers", "own.py:make_tracker"): code,
+        ("logging.trackers", "mlflow"): ROOT / "rl" / "run" / "trackers" / "to_mlflow.py",
     }
     assert not (tmp_path / "imported").exists()
 
@@ -498,6 +502,7 @@ IMPORTERS = {
         "rl.algorithms.from_config",
         "rl.data.prepare",
         "rl.models.foreign.own_config",
+        "rl.run.trackers.trackers",
         "rl.sampler.user_source",
     },
     r"deserialize_executable|jax_compilation_cache_dir": {"rl.run.executables", "rl.devices.programs"},

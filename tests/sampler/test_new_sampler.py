@@ -171,7 +171,7 @@ def updated_by_hand(recipe):
             for number, token in enumerate(sample["token_ids"]):
                 known_BT[b, len(prompt) + number] = math.nan if number % 3 == 1 else math.log(TABLE[token])
         slopes = gradient(start.params, tokens_BT, known_BT, advantages_BT, is_corrected)
-        num_tokens, slopes = sum(sample["tokens"] for sample in samples), by_path(slopes)
+        num_tokens, slopes = sum(sample["num_tokens"] for sample in samples), by_path(slopes)
         return {path: x + 0.5 * slopes[path] / num_tokens for path, x in by_path(start.params).items()}
 
     return by_path(start.params), updated
@@ -186,11 +186,11 @@ def test_a_run_trains_with_a_source_of_the_users_corrected_by_its_log_probs(reci
     assert largest_difference(found[0], start) > 1e-4
     assert largest_difference(*found) > 1e-3
     lines = read_metrics(whole)
-    lengths = [sample["tokens"] for sample in map(json.loads, (whole / "samples.jsonl").read_text().splitlines())]
+    lengths = [sample["num_tokens"] for sample in map(json.loads, (whole / "samples.jsonl").read_text().splitlines())]
     unscored = [sum(len(range(1, length, 3)) for length in lengths[first : first + 8]) for first in (0, 8)]
     assert [line["unscored_tokens"] for line in lines[1:]] == unscored
     assert all(line["logprob_difference/mean"] is None for line in lines[1:]), "nobody has the policy's own log-probs"
-    assert lines[1]["sampler_ratio_min"] < 0.1, "the policy finds these tokens far less likely than the table does"
+    assert lines[1]["sampler_ratio/min"] < 0.1, "the policy finds these tokens far less likely than the table does"
     assert [line["eval/truncated_share"] for line in lines] == [1.0, 1.0, 1.0]  # greedy: the same token until the limit
 
 

@@ -83,7 +83,7 @@ def test_the_command_needs_no_device_and_writes_its_numbers(recipe, tmp_path):
         (["bench", "absent.yml"], "absent.yml"),
         (["bench", "recipe.yml", "--steps", "0"], "--steps must be >= 1, got 0"),
         (["bench", "recipe.yml", "data.source=null"], "data.source"),
-        (["bench", "recipe.yml", "data.source=absent.jsonl"], "must be an existing file"),
+        (["bench", "recipe.yml", "data.source=absent.jsonl"], "which does not exist"),
         (["bench", "recipe.yml", "data.columns.prompt=text"], "'text'"),
         (["bench", "recipe.yml", "data.max_prompt_length=2"], "must let a prompt of data.source through, got 2"),
         (["bench", "recipe.yml", "grpo.prompts_per_step=11"], "grpo.prompts_per_step"),

@@ -242,7 +242,7 @@ def test_mixtures_and_chats_are_written_as_their_sources_had_them(tmp_path):
         (["sampling.temperature=0"], "sampling.temperature must be > 0"),
         (["sampling.max_completion_length=4000"], "must fit the model's 2048 positions"),
         (["grpo.prompts_per_step=8"], "grpo.prompts_per_step must be <= the number of training rows, got 8"),
-        (["data.source=absent.jsonl"], "must be an existing file"),
+        (["data.source=absent.jsonl"], "which does not exist"),
         (["data.streaming=true", "data.eval_size=0"], "data.streaming must be false to measure pass rates"),
         (["model.source=no/such/folder"], "no/such/folder"),
     ],

@@ -156,9 +156,9 @@ def test_the_command_prints_errors_sizes_perplexity_and_memory(folder, tmp_path,
         (["qwen2", "new", "--group-size", "0"], "group size of quantised weights must be > 0"),
         (["small", "new"], "must hold plain weights, got int8 already"),
         (["qwen2", "small"], "must be new or empty"),
-        (["qwen2", "new", "--text", "missing.txt"], "--text must be an existing file"),
+        (["qwen2", "new", "--text", "missing.txt"], "--text must be a text file"),
         (["qwen2", "new", "--text", "text.txt", "--max-tokens", "1"], "must hold at least two tokens"),
-        (["recipe.yml", "new"], "model source must be a folder"),
+        (["recipe.yml", "new"], "MODEL must be a Hugging Face folder"),
     ],
 )
 def test_what_cannot_be_quantised_is_refused(folder, small, capsys, monkeypatch, arguments, message):
@@ -318,7 +318,7 @@ def test_evaluation_reads_a_quantised_folder_alike_in_both_flavours(small, tmp_p
     one = results[0][0]
     drawn = ["--prompt", one["prompt"], "sampling.temperature=0", "--output", str(tmp_path / "drawn")]
     assert main(["sample", str(small), *drawn, *limits]) == 0
-    assert json.loads((tmp_path / "drawn").read_text())["text"] == one["completion"]
+    assert json.loads((tmp_path / "drawn").read_text())["completion"] == one["completion"]
 
 
 MEASURE = """

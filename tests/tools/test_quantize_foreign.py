@@ -133,7 +133,7 @@ def assert_sampling_and_evaluation_read(model, settings, tmp_path, trained, caps
     capsys.readouterr()
     assert main(["sample", model, "--prompt", one["prompt"], "sampling.temperature=0", *settings]) == 0
     drawn = json.loads(capsys.readouterr().out)
-    assert drawn["text"] == one["completion"]
+    assert drawn["completion"] == one["completion"]
     prompt = load_tokenizer("byte").encode(one["prompt"])
     want = logprobs(trained, trained.params, (*prompt, *drawn["token_ids"]))[len(prompt) - 1 :]
     assert len(want) > 0

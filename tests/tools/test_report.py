@@ -4,7 +4,9 @@ import random
 import pytest
 
 from rl.run.metrics import MetricsWriter
-from rl.tools.report import Run, format_table, main, read_runs, smooth, summarize
+from rl.tools.report.read import Run, read_runs
+from rl.tools.report.report import main
+from rl.tools.report.summary import format_table, smooth, summarize
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
@@ -38,14 +40,17 @@ def read_png_size(path):
     return int.from_bytes(content[16:20], "big"), int.from_bytes(content[20:24], "big")
 
 
-def test_report_writes_a_picture_into_the_run_folder_and_prints_its_path(tmp_path, capsys):
+def test_report_writes_a_page_into_the_run_folder_or_a_picture_where_told_and_prints_the_path(tmp_path, capsys):
     write_run(tmp_path / "sums", seed=0)
     assert main([str(tmp_path / "sums")]) == 0
-    width, height = read_png_size(tmp_path / "sums" / "reward.png")
+    assert f"report: {tmp_path / 'sums' / 'report.html'}" in capsys.readouterr().out
+    picture = tmp_path / "sums" / "reward.png"
+    assert main([str(tmp_path / "sums"), "--output", str(picture)]) == 0
+    width, height = read_png_size(picture)
     assert width > 1000
     assert height > 800
     output = capsys.readouterr().out
-    assert f"curves: {tmp_path / 'sums' / 'reward.png'}" in output
+    assert f"curves: {picture}" in output
     assert "held-out accuracy, after   85.0% (step 60)" in output
 
 
@@ -93,7 +98,7 @@ def test_a_supervised_run_shows_its_loss(tmp_path, capsys):
     with MetricsWriter(tmp_path, 0) as writer:
         for step in range(1, 41):
             writer.write({"step": step, "loss": 4.0 / step, "kl": math.nan})
-    assert main([str(tmp_path)]) == 0
+    assert main([str(tmp_path), "--output", str(tmp_path / "reward.png")]) == 0
     assert "loss, first  3.000" in capsys.readouterr().out
     read_png_size(tmp_path / "reward.png")
 
@@ -111,7 +116,7 @@ def test_an_empty_run_is_refused(tmp_path):
 
 def test_a_picture_format_that_is_not_known_is_refused(tmp_path):
     write_run(tmp_path, seed=0, num_steps=2)
-    with pytest.raises(ValueError, match=r"must end in one of \.png"):
+    with pytest.raises(ValueError, match=r"must end in one of \.html, \.htm, \.png"):
         main([str(tmp_path), "--output", str(tmp_path / "curve.bmp")])
 
 
@@ -119,7 +124,7 @@ def test_a_run_without_anything_to_draw_is_refused(tmp_path):
     with MetricsWriter(tmp_path, 0) as writer:
         writer.write({"step": 1, "lr": 0.1})
     with pytest.raises(ValueError, match="to be drawn"):
-        main([str(tmp_path)])
+        main([str(tmp_path), "--output", str(tmp_path / "reward.png")])
 
 
 def test_smoothing_starts_at_the_first_value_keeps_constants_and_lags_less_than_its_window():
@@ -136,8 +141,8 @@ def test_null_values_are_left_out_of_a_series():
     assert format_table([run]).splitlines()[1].split() == ["steps", "4"]
 
 
-@pytest.mark.parametrize("name", ["reward.png", "curves.pdf", "curves.svg"])
-def test_a_picture_takes_the_place_of_one_that_a_report_drew_and_of_nothing_else(tmp_path, name):
+@pytest.mark.parametrize("name", ["report.html", "reward.png", "curves.pdf", "curves.svg"])
+def test_a_report_takes_the_place_of_one_that_was_written_before_and_of_nothing_else(tmp_path, name):
     write_run(tmp_path / "run", seed=0, num_steps=2)
     path, mine = tmp_path / "run" / name, tmp_path / "mine"
     mine.write_text("mine")

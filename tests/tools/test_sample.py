@@ -119,14 +119,14 @@ def test_every_row_gets_its_completions_with_its_id_and_columns(finished):
     assert lines[3, 1]["id"] == 7
     tokenizer = load_tokenizer("byte")
     for (prompt, _), line in lines.items():
-        assert line["text"] == tokenizer.decode(line["token_ids"])
+        assert line["completion"] == tokenizer.decode(line["token_ids"])
         limit = 5 if prompt == 1 else 12
         assert len(line["token_ids"]) == len(line["logprobs"]) == len(line["sampler_logprobs"]) <= limit
         if line["finish_reason"] == "length":
             assert (len(line["token_ids"]), line["stop_reason"]) == (limit, None)
         else:
             assert (line["finish_reason"], line["stop_reason"]) == ("eos", line["token_ids"][-1])
-    assert len({line["text"] for line in lines.values()}) == len(lines), "completions differ"
+    assert len({line["completion"] for line in lines.values()}) == len(lines), "completions differ"
 
 
 LONGEST = 64  # tokens of prompts and completions here
@@ -154,7 +154,7 @@ def test_log_probs_of_completion_prompt_and_alternatives_are_those_of_a_plain_fo
     sample(folder / "recipe.yml", "--prompts", folder / "prompts.jsonl", "--output", output, *options)
     trained = load_start(load_config(folder / "recipe.yml"))
     for line in read(output):
-        prompt_ids, token_ids = line["prompt_token_ids"], line["token_ids"]
+        prompt_ids, token_ids = line["prompt_ids"], line["token_ids"]
         expected = full_logprobs(trained, prompt_ids + token_ids, 0.5)
         num_prompt = len(prompt_ids)
         assert line["prompt_logprobs"][0] is None
@@ -175,10 +175,10 @@ def test_greedy_log_probs_are_at_temperature_one(folder, capsys):
     assert sample(folder / "recipe.yml", "--prompt", "1+2=", "--prompt-logprobs", "sampling.temperature=0") == 0
     (line,) = map(json.loads, capsys.readouterr().out.splitlines())
     trained = load_start(load_config(folder / "recipe.yml"))
-    expected = full_logprobs(trained, line["prompt_token_ids"] + line["token_ids"], 1.0)
-    num_prompt = len(line["prompt_token_ids"])
+    expected = full_logprobs(trained, line["prompt_ids"] + line["token_ids"], 1.0)
+    num_prompt = len(line["prompt_ids"])
     assert line["token_ids"] == expected[num_prompt - 1 : -1].argmax(axis=-1).tolist()
-    rest = line["prompt_token_ids"][1:]
+    rest = line["prompt_ids"][1:]
     np.testing.assert_allclose(line["prompt_logprobs"][1:], expected[np.arange(len(rest)), rest], atol=1e-5)
     assert set(line["sampler_logprobs"]) == {0.0}
 
@@ -239,9 +239,9 @@ def test_chat_and_system_wrap_a_text_prompt_in_the_template(folder, capsys):
     tokenizer = load_tokenizer("byte")
     messages = [{"role": "system", "content": "be: brief"}, {"role": "user", "content": "hi"}]
     assert chat["prompt"] == messages
-    assert chat["prompt_token_ids"] == tokenizer.encode_chat(messages)
+    assert chat["prompt_ids"] == tokenizer.encode_chat(messages)
     assert text["prompt"] == "Q: hi"
-    assert text["prompt_token_ids"] == tokenizer.encode("Q: hi")
+    assert text["prompt_ids"] == tokenizer.encode("Q: hi")
 
 
 def test_randomness_is_the_seed_of_the_row_or_the_seed_of_the_call_and_the_place(folder, finished, tmp_path):
@@ -501,7 +501,7 @@ def test_an_output_that_cannot_be_written_is_refused_and_leaves_nothing(folder, 
         (["RECIPE"], "either --prompts FILE or --prompt TEXT, got neither"),
         (["RECIPE", "--prompt", "a", "--prompts", "x.jsonl"], "either --prompts FILE or --prompt TEXT, got both"),
         (["RECIPE", "--prompts", "x.jsonl"], "--prompts needs --output"),
-        (["RECIPE", "--prompts", "x.jsonl", "--output", "y.jsonl"], "--prompts must be an existing JSON-lines file"),
+        (["RECIPE", "--prompts", "x.jsonl", "--output", "y.jsonl"], "--prompts must be a JSON-lines file, got"),
         (["RECIPE", "--prompt", ""], "--prompt 1: the prompt must hold text"),
         (["RECIPE", "--prompt", "a", "--n", "0"], "--n must be >= 1, got 0"),
         (
@@ -557,9 +557,9 @@ def test_completions_of_every_step_are_drawn_again_alone(run, capsys):
         assert sample("--replay", run, *place) == 0
         captured = capsys.readouterr()
         line = json.loads(captured.out)
-        assert (line["text"], line["token_ids"]) == (record["completion"], record["token_ids"])
+        assert (line["completion"], line["token_ids"]) == (record["completion"], record["token_ids"])
         assert (line["prompt"], line["finish_reason"]) == (record["prompt"], record["finish_reason"])
-        assert len(line["logprobs"]) == record["tokens"]
+        assert len(line["logprobs"]) == record["num_tokens"]
         assert "its tokens are equal to those in samples.jsonl" in captured.err
         assert "NOT" not in captured.err
 
@@ -569,7 +569,7 @@ def test_a_completion_is_drawn_again_on_another_mesh_and_in_the_other_flavour(ru
     place = record["step"], record["prompt_index"], record["sample_index"]
     assert sample("--replay", run, *place, "mesh.num_devices=2", "pure_nnx=false") == 0
     line = json.loads(capsys.readouterr().out)
-    assert (line["text"], line["token_ids"]) == (record["completion"], record["token_ids"])
+    assert (line["completion"], line["token_ids"]) == (record["completion"], record["token_ids"])
 
 
 def test_a_step_whose_weights_were_not_kept_cannot_be_replayed(folder, capsys):
@@ -597,7 +597,7 @@ def test_a_recorded_completion_that_differs_is_said(run, folder, capsys):
     assert compare(forge(first), replayed) == (True, "its tokens are equal to those in samples.jsonl")
     for change, message in (
         ({"finish_reason": "stop"}, f"finish_reason was 'stop', is '{first['finish_reason']}'"),
-        ({"tokens": 99}, f"tokens was 99, is {first['tokens']}"),
+        ({"num_tokens": 99}, f"num_tokens was 99, is {first['num_tokens']}"),
         ({"token_ids": [258, *first["token_ids"][1:]]}, f"token 0 was 258, is {first['token_ids'][0]}"),
     ):
         is_same, said = compare(forge(first | change), replayed)
@@ -607,6 +607,6 @@ def test_a_recorded_completion_that_differs_is_said(run, folder, capsys):
     is_same, said = compare(forge(old), replayed)
     assert is_same
     assert "samples.jsonl, which has no token ids" in said
-    assert not compare(forge(old | {"tokens": 99}), replayed)[0]
+    assert not compare(forge(old | {"num_tokens": 99}), replayed)[0]
     others = [line for line in others if (line["step"], line["prompt_index"], line["sample_index"]) != (1, *place)]
     assert compare(forge(others[0]), replayed)[1].startswith("samples.jsonl does not hold this completion")

@@ -155,4 +155,4 @@ def test_a_correction_takes_the_ratio_in_two_factors(packed, hand, updater_of):
     start = packed.fresh_state()._replace(params=params)
     state, metrics = step(updater_of(f"grpo.epochs={EPOCHS}", *CORRECTED), start, hand.rollout, age=1)
     assert distance(state.params, hand.ends["in two factors"], hand.after_first) < 1e-9
-    assert metrics["sampler_ratio_max"] == pytest.approx(CAP)
+    assert metrics["sampler_ratio/max"] == pytest.approx(CAP)

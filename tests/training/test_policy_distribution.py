@@ -66,10 +66,10 @@ def test_weights_of_truncated_sequences_vanish_under_the_whole_softmax_and_are_1
 
     drawn, ((full, full_gradient_NV), (sampled, gradient_NV)) = jax.device_get(measured(rng.random(B * T, np.float32)))
     # Each token of the whole softmax holds the probability that top-p left, about 0.82: 82 of them leave 1e-7.
-    assert full["sampler_ratio_raw_mean"] < 1e-6
+    assert full["sampler_ratio/raw_mean"] < 1e-6
     assert np.linalg.norm(full_gradient_NV) < 1e-6
-    assert abs(sampled["sampler_ratio_raw_mean"] - 1) < 1e-5
-    assert abs(sampled["ratio_mean"] - 1) < 1e-5
+    assert abs(sampled["sampler_ratio/raw_mean"] - 1) < 1e-5
+    assert abs(sampled["ratio/mean"] - 1) < 1e-5
     assert sampled["kl"] == 0
     # On-policy with weights of 1 it is REINFORCE: A (p - [v is the token]) / tokens over the kept ids.
     kept_NV = np.asarray(SAMPLING.drawn_from.kept(drawn.kept_words_BX, V))

@@ -434,12 +434,12 @@ def test_the_problem_puts_every_part_of_the_loss_to_work(problem, trainer):
     with jax.enable_x64(True):
         _, _, update = trainer("nnx", "float64").loss_and_gradient(problem)
         metrics = {name: float(value) for name, value in finish_metrics(update.sums).items()}
-    assert metrics["clip_ratio_low_mean"] > 0
-    assert metrics["clip_ratio_high_mean"] > 0
+    assert metrics["clip_ratio/low_mean"] > 0
+    assert metrics["clip_ratio/high_mean"] > 0
     assert metrics["kl"] > 0.01
-    assert abs(metrics["ratio_mean"] - 1) > 0.01
-    assert metrics["sampler_ratio_max"] == SAMPLER_CAP
-    assert 0 < metrics["sampler_ratio_min"] < 0.8
+    assert abs(metrics["ratio/mean"] - 1) > 0.01
+    assert metrics["sampler_ratio/max"] == SAMPLER_CAP
+    assert 0 < metrics["sampler_ratio/min"] < 0.8
     assert metrics["entropy"] < metrics["selected_entropy"]
     assert problem.advantages_B.min() < -0.5
     assert problem.advantages_B.max() > 0.5
@@ -457,8 +457,8 @@ def test_metrics_of_the_update_are_those_of_the_plain_arrays(problem, trainer):
     expected = {
         "entropy": entropy_BL[valid_BL].mean(),
         "kl": (k3_BL * ratio_BL)[valid_BL].mean(),
-        "ratio_mean": ratio_BL[valid_BL].mean(),
-        "ratio_max": ratio_BL[valid_BL].max(),
+        "ratio/mean": ratio_BL[valid_BL].mean(),
+        "ratio/max": ratio_BL[valid_BL].max(),
     }
     np.testing.assert_allclose([metrics[name] for name in expected], list(expected.values()), rtol=1e-11)
     difference = update.difference
@@ -834,13 +834,13 @@ def test_metrics_of_a_step_leave_skipped_updates_out_and_count_them(problem):
     assert metrics["skipped_updates"] == 1
     assert all(np.isfinite(value) for value in metrics.values())
     assert entropy == entropy_of_one  # the adaptive coefficient has not moved in the skipped update
-    assert metrics["ratio_max"] == 1.0  # what follows a skipped update is still the first on this rollout
+    assert metrics["ratio/max"] == 1.0  # what follows a skipped update is still the first on this rollout
     assert int(state.step) == 2
     empty = [TrainGroup(group.prompt_ids, []) for group in good]
     _, entropy_beside_nothing, beside_nothing = updater.update(packed.fresh_state(), None, [good, empty], start)
     assert entropy_beside_nothing == entropy_of_one  # nor in an update that measured nothing
     assert beside_nothing["entropy"] > 0.9 * metrics["entropy"]
-    assert np.isfinite(beside_nothing["ratio_max"])
+    assert np.isfinite(beside_nothing["ratio/max"])
     state, entropy, metrics = updater.update(state, None, [bad, bad], entropy)
     assert metrics["skipped_updates"] == 2
     assert not np.isfinite(metrics["grad_norm"])
@@ -887,9 +887,9 @@ def test_the_ratio_is_exactly_one_before_the_first_update_and_no_longer_after_it
     moved = jax.tree.map(lambda leaf, gradient: leaf - 0.1 * gradient, state.params, state.opt_state)
     _, second = packed.train_step(state._replace(params=moved), later)
     recomputed, first, second = (finish_metrics(update.sums) for update in (recomputed, first, second))
-    assert abs(float(recomputed["ratio_max"]) - 1) < 1e-5  # the pass without gradient is the same up to rounding
-    assert (float(first["ratio_mean"]), float(first["ratio_max"])) == (1.0, 1.0)
-    assert float(second["ratio_max"]) > 1.01
+    assert abs(float(recomputed["ratio/max"]) - 1) < 1e-5  # the pass without gradient is the same up to rounding
+    assert (float(first["ratio/mean"]), float(first["ratio/max"])) == (1.0, 1.0)
+    assert float(second["ratio/max"]) > 1.01
 
 
 HALVES = ([0, 1], [2])
@@ -979,7 +979,7 @@ def test_old_logprobs_that_no_update_reads_are_not_computed(step_of_halves):
     ran = step_of_halves(epochs=2)[2]
     assert (ran.count(LOGPROBS), ran.count(ENTROPIES)) == (2 + 2, 4)
     jax.tree.map(np.testing.assert_array_equal, (state, metrics), step_of_halves(epochs=1, old_of=0)[:2])
-    assert step_of_halves(epochs=1, old_of=1)[1]["ratio_max"] != metrics["ratio_max"]
+    assert step_of_halves(epochs=1, old_of=1)[1]["ratio/max"] != metrics["ratio/max"]
 
 
 def test_token_means_are_over_the_tokens_of_the_whole_rollout_batch(problem):
@@ -991,7 +991,7 @@ def test_token_means_are_over_the_tokens_of_the_whole_rollout_batch(problem):
     _, _, metrics = updater.update(packed.fresh_state(), None, groups, EntropyCoefState(0.0, float("inf")))
     expected = -np.average(problem.advantages_B, weights=problem.lengths)
     np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-5)
-    assert abs(metrics["ratio_max"] - 1) < 1e-5
+    assert abs(metrics["ratio/max"] - 1) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -1134,8 +1134,8 @@ def test_the_logprobs_of_the_sampler_can_stand_in_for_old_ones(problem):
     ratios = ratio_BL[problem.mask_BL > 0]
     assert np.isnan(problem.sampler_BL[problem.mask_BL > 0]).sum() == 1
     assert ratios.max() > 1.1
-    np.testing.assert_allclose(metrics["ratio_mean"], ratios.mean(), rtol=1e-5)
-    np.testing.assert_allclose(metrics["ratio_max"], ratios.max(), rtol=1e-5)
+    np.testing.assert_allclose(metrics["ratio/mean"], ratios.mean(), rtol=1e-5)
+    np.testing.assert_allclose(metrics["ratio/max"], ratios.max(), rtol=1e-5)
 
 
 def plain_updates(policy: Policy, parts: list[Problem], start, reference, learning_rate: float):

@@ -116,9 +116,9 @@ def test_loss_gradient_and_metrics_are_those_of_the_drawn_tokens_alone(episodes,
     ratios, gaps = (np.exp(logprobs_BL - drawn.old_BL)[mask_BL], np.abs(logprobs_BL - drawn.rollout_BL)[mask_BL])
     expected = {
         "entropy": entropy_BL[mask_BL].mean(),
-        "ratio_mean": ratios.mean(),
-        "ratio_max": ratios.max(),
-        "sampler_logprob_difference_max": np.abs(drawn.old_BL - drawn.sampler_BL)[mask_BL].max(),
+        "ratio/mean": ratios.mean(),
+        "ratio/max": ratios.max(),
+        "drawn_difference/max": np.abs(drawn.old_BL - drawn.sampler_BL)[mask_BL].max(),
     }
     np.testing.assert_allclose([metrics[name] for name in expected], list(expected.values()), rtol=1e-11)
     difference = update.difference
@@ -171,7 +171,7 @@ def test_a_rollout_measures_drawn_tokens_and_hands_the_mask_on():
         [0, 1, 2, 3],
     ]
     first, second = sample_records(rollout, 2)
-    assert (first["trained"], first["tokens"]) == ([1, 0, 0, 1], 4)
+    assert (first["trained"], first["num_tokens"]) == ([1, 0, 0, 1], 4)
     assert "trained" not in second
     assert "further" not in second
 
@@ -220,7 +220,7 @@ def test_an_episode_hands_all_its_sequences_on_and_is_as_long_as_all_that_was_dr
     record = sample_records(rollout, 1)[0]
     told = {"prompt": "", "prompt_ids": [7, 2], "token_ids": [2, 9, 5, 2, 9], "trained": [1, 1, 0, 1, 1]}
     assert record["further"] == [told]
-    assert (record["tokens"], record["trained"]) == (6, [0, 1, 1, 0, 1, 1])
+    assert (record["num_tokens"], record["trained"]) == (6, [0, 1, 1, 0, 1, 1])
 
 
 # Several sequences

@@ -139,8 +139,8 @@ def test_the_compared_run_is_worth_comparing(whole):
     steps = lines[1:]
     assert all(line["grad_norm"] > 0 and line["reward/std"] > 0 for line in steps)
     assert steps[-1]["kl"] > 1e-3
-    assert max(line["ratio_max"] for line in steps) > 1.05
-    assert max(line["clip_ratio_region_mean"] for line in steps) > 0
+    assert max(line["ratio/max"] for line in steps) > 1.05
+    assert max(line["clip_ratio/region_mean"] for line in steps) > 0
     assert steps[-1]["entropy"] != steps[0]["entropy"]
     early, late = final_arrays(whole["nnx"], 8), final_arrays(whole["nnx"])
     assert int(early["['step']"]) == 8 * 4
@@ -167,8 +167,8 @@ def test_sampler_and_trainer_agree_at_every_step(whole, flavour):
     assert max(line["logprob_difference/max"] for line in steps) <= 1e-4
     assert max(line["logprob_difference/max"] for line in steps) > 0  # two programs, not one number twice
     # Old log-probs, those of the policy before the step, are over the ids that the sampler drew from.
-    assert max(abs(line["sampler_ratio_raw_mean"] - 1) for line in steps) <= 1e-5
-    assert max(line["sampler_ratio_cut_share"] for line in steps) == 0
+    assert max(abs(line["sampler_ratio/raw_mean"] - 1) for line in steps) <= 1e-5
+    assert max(line["sampler_ratio/cut_share"] for line in steps) == 0
 
 
 @pytest.mark.slow

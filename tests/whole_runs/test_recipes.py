@@ -27,6 +27,7 @@ from rl.run.metrics import read_metrics, read_samples
 from rl.tools.passrate import passrate
 from rl.tools.rewards import check
 from tests.helpers.judge_server import says, serving
+from tests.helpers.metric_lines import without_entry
 from tests.helpers.places import FILES, ROOT
 from tests.helpers.reward_model_golden import write_folder
 
@@ -66,6 +67,7 @@ def two_steps(recipe, folder, *overrides, knows_answers=True):
     assert (checked.verdict is None) == knows_answers, checked.verdict
     run = train(load_config(f"examples/{recipe}", settings))
     lines, samples = read_metrics(run), read_samples(run)
+    assert not any(map(without_entry, lines))
     assert [line["step"] for line in lines][-2:] == [1, 2]
     assert len(samples) == 8
     return lines, samples
@@ -94,7 +96,7 @@ def test_custom_reward_in_both_flavours(tmp_path):
 def test_gsm8k_reports_strict_and_flexible_over_the_held_out_rows(tmp_path):
     files = [f"data.{key}={ROWS}/gsm8k_{part}.jsonl" for key, part in (("source", "train"), ("eval_source", "test"))]
     lines, samples = two_steps("gsm8k/local.yml", tmp_path / "run", *files, "sampling.warm_up=false")
-    assert {"eval/reward/strict", "eval/reward/flexible", "eval/accuracy"} <= lines[-1].keys()
+    assert {"eval/reward/strict/mean", "eval/reward/flexible/mean", "eval/accuracy"} <= lines[-1].keys()
     assert lines[-1]["eval/prompts"] == 2
     assert {message["role"] for sample in samples for message in sample["prompt"]} == {"system", "user"}
     whole = load_config("examples/gsm8k/grpo.yml")
@@ -289,7 +291,7 @@ def test_reward_model(tmp_path):
     changes = [rewards_with("reward_model/grpo.yml", function=f"model:{folder}"), "data.eval_size=2"]
     lines, samples = two_steps("reward_model/grpo.yml", tmp_path / "run", *changes, knows_answers=False)
     assert len({sample["rewards"]["model"] for sample in samples}) > 4
-    assert "eval/reward/model" in lines[-1]
+    assert "eval/reward/model/mean" in lines[-1]
 
 
 def test_a_mixture_is_measured_and_its_curriculum_knows_every_row(tmp_path):

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
+from rl.errors import missing
 from rl.files.json_file import briefly, check_files, read_object, shown
 from rl.files.stores import local_copy
 from rl.models.config import ModelConfig, ParameterSpec, base_specs, flatten_specs, leaf_at
@@ -40,14 +41,17 @@ FLOAT_TYPES = ("F64", "F32", "F16", "BF16")
 QUANTIZED_TYPES = {"int8": ("I8",), "int4": ("U8",), "float8_e4m3fn": ("U8",)}
 SHAPE_PATTERNS = ("*.json", "*.model", "*.txt", "*.jinja")  # of a hub repository or a folder: all but weights
 HUB_PATTERNS = (*SHAPE_PATTERNS, "*.safetensors")
+_RULE = "a Hugging Face folder or a hub id that this machine can reach"
 
 
 # Where a folder comes from
 
 
-def resolve_source(source: str | pathlib.Path, patterns: Sequence[str] = HUB_PATTERNS) -> pathlib.Path:
+def resolve_source(
+    source: str | pathlib.Path, patterns: Sequence[str] = HUB_PATTERNS, what: str = "model.source"
+) -> pathlib.Path:
     """The local folder of a model: `source` itself if it is a folder, else the hub repository of that name, whose files
-    that match `patterns` are downloaded.
+    that match `patterns` are downloaded. what: names the source, for messages.
 
     Raises ValueError if the source is neither, if the hub cannot be reached and this machine has no copy, or if a pipe
     or a device lies in the folder.
@@ -57,9 +61,7 @@ def resolve_source(source: str | pathlib.Path, patterns: Sequence[str] = HUB_PAT
         check_files(path)
         return path
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", str(source)):
-        raise ValueError(
-            f"model source must be a folder that exists or a hub id such as owner/name, got {str(source)!r}"
-        )
+        raise missing(what, _RULE, source)
     import httpx
     import huggingface_hub
     from huggingface_hub import errors
@@ -67,10 +69,7 @@ def resolve_source(source: str | pathlib.Path, patterns: Sequence[str] = HUB_PAT
     try:
         return pathlib.Path(huggingface_hub.snapshot_download(str(source), allow_patterns=list(patterns)))
     except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, httpx.HTTPError, OSError) as error:
-        raise ValueError(
-            f"model source must be a folder that exists or a hub id that can be downloaded, got {str(source)!r}: "
-            f"{type(error).__name__}: {error}; give a local folder, or check the name, the network and your hub login"
-        ) from error
+        raise missing(what, _RULE, source, f"the hub says: {briefly(error)}") from error
 
 
 def weights_hash(folder: str | pathlib.Path, full_bytes: int = 4 << 30) -> str:

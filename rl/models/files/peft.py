@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from rl.errors import missing
 from rl.files.json_file import Fields, read_object, shown
 from rl.files.untrusted import Untrusted, UntrustedError
 from rl.models.config import (
@@ -110,6 +111,8 @@ def read_adapter(folder: str | pathlib.Path) -> LoRAConfig:
         are not those of its target_modules.
     """
     folder = pathlib.Path(folder)
+    if not folder.exists():
+        raise missing("an adapter", "a folder in PEFT's format", folder)
     fields = _settings(folder)
     for key, allowed in _NEUTRAL.items():
         value = fields.values.get(key, allowed[0])

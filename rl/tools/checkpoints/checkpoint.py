@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from rl.errors import missing
 from rl.files.output_file import check_writable
 from rl.files.stores import check_path
 from rl.models.files.folders import write_json
@@ -43,6 +44,9 @@ from rl.tools.checkpoints.convert import convert_maxtext, missing_record_keys, u
 from rl.tools.trained import training_setup
 
 _MAX_NAMED = 5  # arrays named for one problem
+
+
+_RULE = "a run folder, or a folder that Orbax wrote"
 
 
 class Found(NamedTuple):
@@ -81,8 +85,10 @@ def find(path: str | pathlib.Path, step: int | None = None) -> Found:
         return Found(path / "checkpoints" / str(wanted), path, wanted)
     if step is not None:
         raise ValueError(f"--step needs a run folder, got {str(path)!r}")
+    if not path.exists():
+        raise missing("CHECKPOINT", _RULE, path)
     if not path.is_dir():
-        raise ValueError(f"a checkpoint must be a run folder or a folder that Orbax wrote, got {str(path)!r}")
+        raise ValueError(f"CHECKPOINT must be {_RULE}, got {str(path)!r}, a file")
     run = path.absolute().parent.parent
     if path.absolute().parent.name == "checkpoints" and path.name.isdecimal() and is_run_folder(run):
         return Found(path, run, int(path.name))

@@ -108,7 +108,7 @@ def convert_maxtext(
     names = weight_names(arrays)
     if not names:
         raise ValueError(f"{checkpoint} must hold the weights of a decoder of MaxText's (decoder/...), and it does not")
-    folder = resolve_source(like)
+    folder = resolve_source(like, what="--like")
     config = read_config(folder)
     params, left_out = read_params(config, names, lambda path: read_array(arrays[path]), rope)
     save_folder(out, config, params, load_tokenizer(folder), dtype)

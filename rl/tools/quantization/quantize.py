@@ -23,6 +23,7 @@ from rl.config.load import Config
 from rl.config.sections import source_kind
 from rl.data.tokenizer import Tokenizer, load_tokenizer
 from rl.devices.host_memory import limit_arenas, peak_bytes, return_memory
+from rl.errors import missing
 from rl.files.json_file import read_object
 from rl.models.config import (
     ATTENTION_AND_MLP,
@@ -82,7 +83,7 @@ def quantize_folder(
         quantise, the group size does not fit, or `out` holds something.
     """
     start_bytes = peak_bytes()
-    folder = resolve_source(source)
+    folder = resolve_source(source, what="MODEL")
     if is_param_folder(folder):
         raise ValueError(
             f"MODEL must be a Hugging Face folder, got the parameter-only checkpoint {str(folder)!r}; `grpo export` "
@@ -278,7 +279,7 @@ def _config_of(model: str, overrides: Sequence[str], trust: bool) -> Config | No
 def _read_text(file: str, tokenizer: Tokenizer, max_tokens: int) -> list[int]:
     path = pathlib.Path(file)
     if not path.is_file():
-        raise ValueError(f"--text must be an existing file, got {file!r}")
+        raise missing("--text", "a text file", file)
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

@@ -56,7 +56,7 @@ def compare(run: str | os.PathLike, replayed: Replayed) -> tuple[bool, str]:
     if record is None:
         return True, f"samples.jsonl does not hold this completion {NOT_HELD}"
     token_ids = completion.token_ids.tolist()
-    now = {"completion": replayed.text, "tokens": len(token_ids), "finish_reason": completion.finish_reason}
+    now = {"completion": replayed.text, "num_tokens": len(token_ids), "finish_reason": completion.finish_reason}
     differing = [
         f"{name} was {record[name]!r}, is {value!r}" for name, value in now.items() if record.get(name, value) != value
     ]

@@ -136,6 +136,11 @@ def turn_texts(record: Mapping[str, Any], tokenizer: Tokenizer, end_ids: Sequenc
         )
         turns += [[token for _, token in run] for is_drawn, run in runs if is_drawn]
     if len(turns) == record["turns"]:
+        # One sequence after the other; they were drawn in the order of `turn_sequences`.
+        places = record.get("turn_sequences", [0] * len(turns))
+        order = iter(turns)
+        by_sequence = {place: [next(order) for _ in range(places.count(place))] for place in sorted({*places})}
+        turns = [by_sequence[place].pop(0) for place in places]
         turns = [turn[:-1] if turn[-1] in end_ids else turn for turn in turns]
         return [tokenizer.decode(turn, skip_special_tokens=False) for turn in turns]
     messages = [message for message in record["messages"] if message["role"] == "assistant"]

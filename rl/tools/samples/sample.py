@@ -203,16 +203,17 @@ def to_record(
 
     Keys:
       prompt_index, sample_index: row of the input and completion of that row, from 0.
-      id: the id of the row, if it has one. row: the row's other columns, if any.
+      id, answer: those of the row, if it has them. row: its other columns, if any.
       prompt: the text or chat messages that the policy got, with the system prompt; null for token ids.
-      text: the text of token_ids without special tokens; it includes a stop string that ended it.
+      completion: the text of token_ids without special tokens; it includes a stop string that ended it.
+      num_tokens: the number of token_ids.
       token_ids: with the EOS, or the token that completes a stop string.
       logprobs: under softmax(logits / temperature), temperature 1 when greedy; null with `sampling.source`.
       sampler_logprobs: under the distribution really drawn from, after penalties and truncations; 0 when greedy. With
         `sampling.source` each may be null.
       finish_reason: eos, stop or length. stop_reason: the EOS id, the stop string, or null.
       top_logprobs: per position a list of [token id, log-prob], best first; with --top-logprobs only.
-      prompt_token_ids, prompt_logprobs: with --prompt-logprobs only, under softmax(logits / temperature) of the weights
+      prompt_ids, prompt_logprobs: with --prompt-logprobs only, under softmax(logits / temperature) of the weights
         that the completions are drawn with (those of sampling.weight_dtype); the first log-prob is null, for nothing
         comes before the first token of a prompt.
 
@@ -232,11 +233,15 @@ def to_record(
     record: dict[str, Any] = {"prompt_index": completion.prompt_index, "sample_index": completion.sample_index}
     if row.row_id is not None:
         record["id"] = row.row_id
-    if row.columns:
-        record["row"] = row.columns
+    others = {name: value for name, value in row.columns.items() if name != "answer"}
+    if others:
+        record["row"] = others
+    if "answer" in row.columns:
+        record["answer"] = row.columns["answer"]
     record |= {
         "prompt": row.prompt,
-        "text": tokenizer.decode(completion.token_ids),
+        "completion": tokenizer.decode(completion.token_ids),
+        "num_tokens": len(completion.token_ids),
         "token_ids": completion.token_ids.tolist(),
         "logprobs": None if of_policy is None else _numbers(of_policy),
         "sampler_logprobs": _numbers(of_sampler),
@@ -247,7 +252,7 @@ def to_record(
         pairs = zip(completion.top_ids.tolist(), completion.top_logprobs, strict=True)
         record["top_logprobs"] = [list(map(list, zip(ids, _numbers(values), strict=True))) for ids, values in pairs]
     if scores is not None:
-        record |= {"prompt_token_ids": row.prompt_ids, "prompt_logprobs": [None, *_numbers(scores)]}
+        record |= {"prompt_ids": row.prompt_ids, "prompt_logprobs": [None, *_numbers(scores)]}
     return record
 
 
@@ -298,7 +303,8 @@ def output_settings(
     settings = weight_settings(source, origin) | {"seed": seed}
     settings |= {"prompts": f"{len(samples)} rows, sha256 {rows.hexdigest()}"}
     settings |= draw_settings(source.config, sampling)
-    return settings | {"prompt_logprobs": with_prompt_logprobs}
+    # Files that an older version began have fields of other names, and cannot be gone on with.
+    return settings | {"prompt_logprobs": with_prompt_logprobs, "fields": "completion, prompt_ids, num_tokens"}
 
 
 def weight_settings(source: WeightSource, origin: Origin) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from rl.data.prompt_rows import Prompt, build_prompt, conversation_problem, enco
 from rl.data.sources import read_jsonl
 from rl.data.tasks import Row
 from rl.data.tokenizer import Tokenizer
+from rl.errors import missing
 
 KINDS = ("prompt", "messages", "prompt_ids")
 WISHES = ("n", "max_tokens", "seed", "id")
@@ -51,7 +52,7 @@ def read_prompts(path: pathlib.Path) -> list[tuple[str, Row]]:
       ValueError: no such file, no row, or a line that is no JSON object.
     """
     if not path.is_file():
-        raise ValueError(f"--prompts must be an existing JSON-lines file, got {str(path)!r}")
+        raise missing("--prompts", "a JSON-lines file", path)
     rows = [(f"{path}:{number}", row) for number, row in read_jsonl(path)]
     if not rows:
         raise ValueError(f"--prompts {str(path)!r} must hold at least one prompt, got none")

@@ -1,0 +1,70 @@
+"""Event files for TensorBoard, in the run folder.
+
+Scalars, histograms and tables of samples, by the functions of the package `tensorboard` that need no TensorFlow. What
+was written after the step that a resumed run goes on from is hidden by an event that TensorBoard knows for this
+(`SessionLog.START`, what other writers call `purge_step`).
+"""
+
+import json
+import os
+import time
+from typing import Any
+
+import numpy as np
+
+from rl.run.trackers.contract import TrackedRun, TrackedStep, table_of
+from rl.run.trackers.library import import_library
+
+FOLDER = "tensorboard"  # in the run folder
+
+
+def check(*, folder: str | None = None) -> None:
+    """ValueError where the library is missing."""
+    import_library("tensorboard.summary.writer.event_file_writer", "tensorboard")
+
+
+def make(run: TrackedRun, *, folder: str | None = None) -> "_TensorBoard":
+    """A tracker. folder: of the event files; None: tensorboard/ in the run folder."""
+    return _TensorBoard(run, str(run.folder / FOLDER) if folder is None else os.path.expanduser(folder))
+
+
+class _TensorBoard:
+    def __init__(self, run: TrackedRun, folder: str):
+        library = import_library("tensorboard.summary.writer.event_file_writer", "tensorboard")
+        self._writer = library.EventFileWriter(folder)
+        self._config: Any = run.config
+        self._has_begun = False
+
+    def log(self, step: TrackedStep) -> None:
+        from tensorboard.compat.proto.event_pb2 import SessionLog  # pyright: ignore[reportMissingImports]
+        from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportMissingImports]
+        from tensorboard.plugins.histogram.summary_v2 import histogram_pb  # pyright: ignore[reportMissingImports]
+        from tensorboard.plugins.text.summary_v2 import text_pb  # pyright: ignore[reportMissingImports]
+
+        if not self._has_begun:
+            self._add(step.step, session_log=SessionLog(status=SessionLog.START))
+            text = json.dumps(self._config, indent=2, default=str)
+            self._add(step.step, summary=text_pb("config", _verbatim(text)))
+            self._has_begun = True
+        scalars = [Summary.Value(tag=name, simple_value=value) for name, value in step.metrics.items()]
+        self._add(step.step, summary=Summary(value=scalars))
+        for name, values in step.histograms.items():
+            self._add(step.step, summary=histogram_pb(f"histogram/{name}", values))
+        if step.samples:
+            columns, rows = table_of(step.samples)
+            cells = [columns, *([_verbatim(cell) for cell in row] for row in rows)]
+            self._add(step.step, summary=text_pb("samples", np.array(cells, dtype=object)))
+        self._writer.flush()
+
+    def close(self, is_failed: bool) -> None:
+        self._writer.close()
+
+    def _add(self, step: int, **content: Any) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event  # pyright: ignore[reportMissingImports]
+
+        self._writer.add_event(Event(step=step, wall_time=time.time(), **content))
+
+
+def _verbatim(cell: Any) -> str:
+    """Text as a block of code: TensorBoard renders Markdown, which completions should not be."""
+    return "\n".join(f"    {line}" for line in str("" if cell is None else cell).splitlines())

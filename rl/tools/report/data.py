@@ -1,0 +1,152 @@
+"""What the page of a report knows of each run, as one JSON object that is small.
+
+In: runs. Out: lists and mappings of plain values, in which numbers are rounded to `DIGITS` digits and values of tokens
+stay in the codes of `rl.files.token_values`. What may be secret is masked. `page.js` reads it; its comments say what it
+makes of each field.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rl.config.load import load_config
+from rl.config.sections import flatten, to_dict
+from rl.tools.report.masking import Mask
+from rl.tools.report.read import Run
+from rl.tools.report.summary import summarize
+
+DIGITS = 6
+# Of a record in samples.jsonl: what the page shows as it is. What it shows of tokens is in `_tokens`.
+_SHOWN = (
+    *("step", "prompt_index", "sample_index", "prompt", "answer", "rewards", "reward", "advantage", "finish_reason"),
+    *("logged", "messages", "unread", "turn_rewards", "turn_advantages", "ended", "failure"),
+)
+
+
+def page_data(runs: Sequence[Run], most_samples: int) -> dict[str, Any]:
+    """The data of the page.
+
+    Args:
+      most_samples: of each run. Of more, whole steps are left out, evenly over the run, and the page says so.
+    """
+    return {"runs": [_run_data(run, most_samples) for run in runs]}
+
+
+def _run_data(run: Run, most_samples: int) -> dict[str, Any]:
+    mask = Mask(_names_of(run.config.get("rewards.env")))
+    names = list(dict.fromkeys(name for row in run.rows for name in row if name != "step"))
+    kept = _kept_steps(run.samples, most_samples)
+    samples = [sample for sample in run.samples if sample["step"] in kept]
+    tokens = _Vocabulary()
+    defaults = flatten(to_dict(load_config(None)))
+    return {
+        "name": run.name,
+        "summary": summarize(run),
+        "total": run.config.get("grpo.steps"),
+        "steps": [row["step"] for row in run.rows],
+        "metrics": {name: [_short(row.get(name)) for row in run.rows] for name in names},
+        "histograms": _histograms(run.events),
+        "warnings": [[event["step"], mask.text(str(event["warning"]))] for event in run.events if "warning" in event],
+        "starts": [[event["step"], mask.value(event["start"])] for event in run.events if "start" in event],
+        "config": mask.value(dict(run.config)),
+        # What differs from configs/base.yml, with the default.
+        "changed": mask.value(
+            {key: defaults.get(key) for key, value in run.config.items() if value != defaults.get(key)}
+        ),
+        "samples": [_sample(sample, tokens, mask) for sample in samples],
+        "samples_of": len(run.samples),
+        "vocabulary": tokens.pairs,
+    }
+
+
+def _names_of(value: Any) -> list[str]:
+    return [str(name) for name in value] if isinstance(value, list) else []
+
+
+def _histograms(events: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """{name: [[step, pairs], ...]}."""
+    found: dict[str, list[Any]] = {}
+    for event in events:
+        for name, pairs in event.get("histograms", {}).items():
+            found.setdefault(name, []).append([event["step"], pairs])
+    return found
+
+
+def _kept_steps(samples: Sequence[Mapping[str, Any]], most: int) -> set[int]:
+    """The steps whose samples are shown: all, or every n-th and the last."""
+    steps = sorted({sample["step"] for sample in samples})
+    counts = dict.fromkeys(steps, 0)
+    for sample in samples:
+        counts[sample["step"]] += 1
+    stride = 1
+    while steps:
+        kept = steps[::-1][::stride]
+        if sum(counts[step] for step in kept) <= most or len(kept) == 1:
+            return set(kept) if most else set()
+        stride += 1
+    return set()
+
+
+class _Vocabulary:
+    """Numbers the different tokens of a run, so that a sample is a list of small numbers.
+
+    Attributes:
+      pairs: [id, text] by number. The id is null where the token is masked.
+    """
+
+    def __init__(self) -> None:
+        self.pairs: list[list[Any]] = []
+        self._numbers: dict[tuple[int | None, str], int] = {}
+
+    def number(self, token: int | None, text: str) -> int:
+        key = (token, text)
+        if key not in self._numbers:
+            self._numbers[key] = len(self.pairs)
+            self.pairs.append([token, text])
+        return self._numbers[key]
+
+
+def _sample(record: Mapping[str, Any], tokens: _Vocabulary, mask: Mask) -> dict[str, Any]:
+    shown = {name: mask.value(_rounded(record[name])) for name in _SHOWN if record.get(name) is not None}
+    if "token_texts" not in record:  # of an older version
+        shown["completion"] = mask.text(str(record.get("completion", "")))
+    shown |= _tokens(record, tokens, mask)
+    if further := record.get("further"):
+        shown["further"] = [
+            {"prompt": mask.value(own.get("prompt", "")), **_tokens(own, tokens, mask)} for own in further
+        ]
+    return shown
+
+
+def _tokens(record: Mapping[str, Any], tokens: _Vocabulary, mask: Mask) -> dict[str, Any]:
+    """tokens: their numbers in the vocabulary. trained: 0 and 1 as text, left out where all are 1. values: codes."""
+    ids, texts = record.get("token_ids", []), record.get("token_texts")
+    found: dict[str, Any] = {"length": sum(record.get("trained") or [1] * len(ids))}
+    if texts is not None and len(texts) == len(ids):
+        pieces = zip(ids, texts, mask.hidden(texts), strict=True)
+        found["tokens"] = [
+            tokens.number(token, text) if shown == text else tokens.number(None, shown or "")
+            for token, text, shown in pieces
+        ]
+    if "trained" in record:
+        found["trained"] = "".join(map(str, record["trained"]))
+    if values := record.get("per_token"):
+        found["values"] = values
+    return found
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return _short(value)
+    if isinstance(value, Mapping):
+        return {key: _rounded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_rounded(item) for item in value]
+    return value
+
+
+def _short(value: Any) -> Any:
+    """A float with `DIGITS` digits; anything else as it is."""
+    if not isinstance(value, float):
+        return value
+    short = float(f"{value:.{DIGITS}g}")
+    return int(short) if short.is_integer() and abs(short) < 1e15 else short

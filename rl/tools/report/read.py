@@ -1,0 +1,82 @@
+"""Reads the files of runs, wherever they are, for a report. Nothing is imported from a run and no jax is needed.
+
+In: paths or URLs of run folders. Out: a `Run` for each.
+"""
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import yaml
+
+from rl.config.sections import flatten
+from rl.run.metrics import read_events, read_metrics, read_samples
+from rl.run_folder.contents import CONFIG, SAMPLES
+from rl.run_folder.remote_steps import local_report
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One run as its files tell it.
+
+    Attributes:
+      name: what it is called in the report. rows: the lines of metrics.jsonl in order.
+      samples, events: the lines of these files. config: {dotted key: value}. All three are empty where a file is
+        missing.
+    """
+
+    name: str
+    rows: list[dict[str, Any]]
+    samples: Sequence[Mapping[str, Any]] = ()
+    events: Sequence[Mapping[str, Any]] = ()
+    config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def series(self, metric: str) -> tuple[list[int], list[float]]:
+        """Steps and values of `metric`, without the lines that lack it or hold null."""
+        points = [(row["step"], float(row[metric])) for row in self.rows if row.get(metric) is not None]
+        return [step for step, _ in points], [value for _, value in points]
+
+
+def read_runs(folders: Sequence[str | os.PathLike], metrics_only: bool = False) -> list[Run]:
+    """Reads run folders; each run is named by its folder, or by its whole path where two folders have one name.
+
+    Args:
+      metrics_only: leaves samples, events and configuration empty.
+
+    Raises:
+      ValueError: a folder has no metrics.jsonl, or one without a single complete line; a file cannot be read.
+    """
+    names = [pathlib.Path(folder).resolve().name for folder in folders]
+    runs = []
+    for folder, name in zip(folders, names, strict=True):
+        place = local_report(folder, metrics_only)
+        rows = read_metrics(place)
+        if not rows:
+            raise ValueError(f"{folder} must hold at least one step, got an empty metrics.jsonl; run a step first")
+        rest: tuple[Any, ...] = () if metrics_only else (_samples(place), read_events(place), read_config(place))
+        runs.append(Run(name if names.count(name) == 1 else os.fspath(folder), rows, *rest))
+    return runs
+
+
+def read_config(folder: pathlib.Path) -> dict[str, Any]:
+    """{dotted key: value} of a run's config.yml, as it is written; empty without one.
+
+    Raises:
+      ValueError: it is no mapping.
+    """
+    path = folder / CONFIG
+    if not path.is_file():
+        return {}
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+        raise ValueError(f"{path} must be YAML, got {type(error).__name__}: {str(error)[:200]}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold a mapping, got {type(values).__name__}")
+    return flatten(values)
+
+
+def _samples(folder: pathlib.Path) -> list[dict[str, Any]]:
+    return read_samples(folder) if (folder / SAMPLES).is_file() else []
