@@ -5,7 +5,7 @@ import string
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from rewards.contract import elementwise
+from rewards.contract import EXTRACTED, LogExtra, elementwise
 from rewards.settings import Settings, one_of
 from rewards.text import after_thinking, boxed, completion_text, tagged
 
@@ -43,6 +43,7 @@ def multiple_choice(
     answer: Sequence[Any],
     letters: str = LETTERS,
     method: Literal["strict", "flexible"] = "strict",
+    log_extra: LogExtra = lambda *_: None,
     **kwargs: Any,
 ) -> list[float | None]:
     r"""1.0 where the option that the completion chooses is `answer`, 0.0 where not, None for an `answer` that is none.
@@ -56,15 +57,14 @@ def multiple_choice(
     in front of a word. Only text behind the last `</think>` counts.
 
     answer: letters ("B", "(B)", "b"), or positions from 0 (as in cais/mmlu). letters: the options' letters in order.
+    log_extra: keeps the letter that was read with each sample, as `extracted`.
     Raises ValueError for letters that are not different letters, and for an unknown method.
     """
     _SETTINGS.check(letters=letters, method=method)
-    judged: list[float | None] = []
-    for completion, gold in zip(completions, answer, strict=True):
-        right = right_letter(gold, letters)
-        chosen = chosen_letter(completion_text(completion), letters, method == "flexible")
-        judged.append(None if right is None else float(chosen == right))
-    return judged
+    chosen = [chosen_letter(completion_text(completion), letters, method == "flexible") for completion in completions]
+    log_extra(EXTRACTED, chosen)
+    rights = [right_letter(gold, letters) for gold in answer]
+    return [None if right is None else float(own == right) for own, right in zip(chosen, rights, strict=True)]
 
 
 def chosen_letter(text: str, letters: str, is_flexible: bool = False) -> str | None:

@@ -38,6 +38,8 @@ _MAX_WEIGHT = 1e30  # weighted sums of rewards stay finite, in float32 too
 # samples of a batch.
 _OF_RUN = ("group", "truncated", "finish_reason", "step", "seed", "rewards_timeout_seconds", "is_trial")
 ENVIRONMENTS = "environments"  # TRL's name for the instances; such functions run in `rewards.environment_rewards`
+LogExtra = Callable[[str, Any], None]  # `log_extra` as a function sees it
+EXTRACTED = "extracted"  # its column for the answer that a function reads in a completion, of which maj@k is counted
 # Objects that TRL 1.16 hands to every function (`GRPOTrainer._calculate_rewards`).
 TRL_OBJECTS = ("trainer_state", "log_metric", "log_extra")
 # What a function gets by name, by its style. A column of the data set with such a name wins, and so do kwargs over

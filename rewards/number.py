@@ -12,12 +12,12 @@ Report both: the gap between them is form, not arithmetic. Numbers are compared 
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from decimal import Decimal
 from fractions import Fraction
 from typing import Any
 
-from rewards.contract import elementwise
+from rewards.contract import EXTRACTED, LogExtra, elementwise
 from rewards.settings import Settings, words
 from rewards.text import after_thinking, boxed, completion_text
 
@@ -61,6 +61,7 @@ def exact_number_strict(
     completions: Sequence[Any],
     answer: Sequence[Any],
     units: Sequence[str] = (),
+    log_extra: LogExtra = lambda *_: None,
     **kwargs: Any,
 ) -> list[float | None]:
     r"""1.0 where the stated final answer equals `answer`, 0.0 where not, None where `answer` holds no number.
@@ -71,13 +72,10 @@ def exact_number_strict(
 
     prompts, completions: strings or chat message lists. answer: numbers, or strings like "42" or "... #### 42".
     units: words that may stand behind a number, in any case, also in `\text{}`, such as `["dollars", "cm", "^\circ"]`;
-    they are dropped from completion and answer, never converted. Raises ValueError for units that are not words.
+    they are dropped from completion and answer, never converted. log_extra: keeps the number that was read with each
+    sample, as `extracted`. Raises ValueError for units that are not words.
     """
-    strip = _unit_pattern(units)
-    return [
-        _equals(strict_number(_without_units(completion_text(c), strip)), gold_number(_without_units(gold, strip)))
-        for c, gold in zip(completions, answer, strict=True)
-    ]
+    return _judged(strict_number, completions, answer, units, log_extra)
 
 
 @elementwise
@@ -87,6 +85,7 @@ def exact_number_flexible(
     completions: Sequence[Any],
     answer: Sequence[Any],
     units: Sequence[str] = (),
+    log_extra: LogExtra = lambda *_: None,
     **kwargs: Any,
 ) -> list[float | None]:
     """1.0 where the last number of the completion equals `answer`, 0.0 where not, None where `answer` holds no number.
@@ -95,10 +94,21 @@ def exact_number_flexible(
     Only text behind the last `</think>` counts. Arguments as in `exact_number_strict`; `units` matter here where they
     hold a digit (`m^2`), or where the answers have them.
     """
+    return _judged(flexible_number, completions, answer, units, log_extra)
+
+
+def _judged(
+    read: Callable[[str], Fraction | None],
+    completions: Sequence[Any],
+    answer: Sequence[Any],
+    units: Sequence[str],
+    log_extra: LogExtra,
+) -> list[float | None]:
     strip = _unit_pattern(units)
+    found = [read(_without_units(completion_text(completion), strip)) for completion in completions]
+    log_extra(EXTRACTED, [None if number is None else str(number) for number in found])
     return [
-        _equals(flexible_number(_without_units(completion_text(c), strip)), gold_number(_without_units(gold, strip)))
-        for c, gold in zip(completions, answer, strict=True)
+        _equals(number, gold_number(_without_units(gold, strip))) for number, gold in zip(found, answer, strict=True)
     ]
 
 

@@ -65,13 +65,21 @@ COMMANDS = {
     ),
     "eval": Command(
         module="rl.tools.evaluate",
-        arguments="MODEL [--adapter FOLDER] [--output FILE] [--trust] [key=value ...]",
-        summary="greedy accuracy on the held-out rows",
+        arguments=(
+            "MODEL [CONFIG] [--step N] [--output FILE] [--against B] [--adapter FOLDER] [--trust] [key=value ...]"
+        ),
+        summary="accuracy on held-out rows and named sets",
         details="""\
             MODEL            a run folder (its newest checkpoint), a YAML recipe (the weights of model.source), or a
                              Hugging Face folder or hub id with data and rewards as key=value
+            CONFIG           a YAML recipe that says what is asked and how it is judged; MODEL's own when left out
+            --step N         the checkpoint of a run, or best; the newest when left out
+            --output FILE    JSON lines to write: every sample with its prompt and rewards
+            --against B      another model, which is asked the same, or two FILEs that --output wrote in place of both
+                             models: the numbers are compared question by question. FILE gets the questions on which
+                             they differ
+            --against-step N the checkpoint of the run B, or best
             --adapter FOLDER an adapter in PEFT's format beside the weights; not for a run, which has its own
-            --output FILE    JSON lines to write: every prompt, completion and reward
             --trust          take a run folder whose config.yml was edited, or whose code is not shown to be yours
             key=value        overrides with dotted keys, for example eval.max_prompts=200""",
     ),
@@ -90,7 +98,7 @@ COMMANDS = {
             --overwrite      start the output file again
             --n N            completions of each prompt that has no n of its own; 1 when left out
             --seed N         of the draws; the configuration's seed when left out
-            --step N         the checkpoint of a run; the newest when left out
+            --step N         the checkpoint of a run, or best; the newest when left out
             --adapter FOLDER an adapter in PEFT's format beside the weights of a Hugging Face folder, hub id or recipe
             --chat           wrap a text prompt as a user message in the tokenizer's chat template (data.chat=true)
             --system TEXT    the system message (data.system_prompt=TEXT)
@@ -117,7 +125,7 @@ COMMANDS = {
                              the environment variable GRPO_API_KEY
             --port N         8000 when left out; 0: any free one. The address is printed when the server is ready
             --name NAME      what clients call the model; MODEL when left out
-            --step N         the checkpoint of a run; the newest when left out
+            --step N         the checkpoint of a run, or best; the newest when left out
             --adapter FOLDER an adapter in PEFT's format beside the weights of a Hugging Face folder, hub id or recipe
             --seed N         of completions whose request has no seed; another at each start when left out
             --parked N       completions whose keys and values are kept for prompts that go on from them; 8 when left
@@ -163,7 +171,7 @@ COMMANDS = {
         details="""\
             RUN              a run folder
             OUT              the folder to write, new or empty; it appears when all of it was read back
-            --step N         the checkpoint to export; the newest when left out
+            --step N         the checkpoint to export, or best; the newest when left out
             --format FORMAT  huggingface (when left out): transformers, TRL and vLLM open it; params: a parameter-only
                              checkpoint as Orbax writes it, not of a Tunix model or a module of your own. model.source
                              takes both
@@ -219,7 +227,7 @@ COMMANDS = {
                              (the weights of model.source), CONFIG itself too
             --output FILE    .jsonl or .parquet; {source} in its name makes a file for each source of a mixture
             --draws N        completions of each prompt; grpo.group_size when left out
-            --step N         of passrate: the checkpoint of a run; the newest when left out
+            --step N         of passrate: the checkpoint of a run, or best; the newest when left out
             --adapter FOLDER an adapter in PEFT's format beside the weights; not for a run, which has its own
             --overwrite      replace FILE, and drop what a stopped command with other settings has measured
             --trust          take a run folder whose config.yml was edited, or whose code is not shown to be yours

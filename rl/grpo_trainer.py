@@ -2,9 +2,9 @@
 
 This page is a run from top to bottom: prompts, policy, plan of the two states, sampler, train step, run folder, states,
 loop. Sampler and train step are built before any weights are read, so what cannot work is refused before the run folder
-is touched. All randomness follows from (seed, step): a resumed run repeats an uninterrupted one bit for bit. Three ends
-save the last step: the run is done, somebody asked it to stop, or a reward is down. After any other end, a new start
-goes on from the newest checkpoint.
+is touched. All randomness follows from (seed, step): a resumed run repeats an uninterrupted one bit for bit. Four ends
+save the last step: the run is done, somebody asked it to stop, evaluations got no better, or a reward is down. After
+any other end, a new start goes on from the newest checkpoint.
 
 To change something, go to
     prompts                         `rl.data.prompts`
@@ -26,6 +26,7 @@ from collections.abc import Sequence
 
 from rl.algorithms.from_config import loss_config
 from rl.config.load import Config
+from rl.data.eval_sets import with_eval_sets
 from rl.data.prompts import load_prompts
 from rl.data.token_texts import TokenTexts
 from rl.devices.mesh import check_sharded, create_mesh, no_implicit_transfers
@@ -37,6 +38,7 @@ from rl.rollout.kept import kept_samples, step_values
 from rl.rollout.reward_model import open_reward_models, weight_bytes
 from rl.rollout.scoring import start_rewards
 from rl.run.announce import announce, warn_about_prompts, warn_about_sampling
+from rl.run.best import end_of, follow_best, is_over
 from rl.run.checks import check_recipe
 from rl.run.checkup import Checkups
 from rl.run.command import run_command
@@ -71,7 +73,7 @@ def train(config: Config, check_only: bool = False, trust: bool = False) -> path
 
         # prompts: what is asked
         tokenizer = tokenizer_from_config(config)
-        data = load_prompts(config, tokenizer)
+        data = with_eval_sets(load_prompts(config, tokenizer), config, tokenizer)
         origin = find_origin(config, tokenizer)  # where the weights come from; none is read yet
         sampling = checked_sampling(config, origin.model_config, tokenizer)
         check_recipe(config, data, sampling, origin.model_config.max_position_embeddings)
@@ -109,8 +111,10 @@ def train(config: Config, check_only: bool = False, trust: bool = False) -> path
         # run folder: so far nothing on disk has changed; with check_only, `begin` only reads
         identity = run_identity(config, origin, data, {name: judge.tokenizer for name, judge in judges.items()})
         run = stack.enter_context(RunOutput(config, "grpo", identity, log, check_only=check_only, trust=trust))
-        episodes = stack.enter_context(start_episodes(config, tokenizer, sampling.eos_ids, data.train, run.rewards_log))
-        rewards = stack.enter_context(start_rewards(config, data.train, run.rewards_log, mesh, judges, episodes))
+        episodes = stack.enter_context(
+            start_episodes(config, tokenizer, sampling.eos_ids, data.judged_rows, run.rewards_log)
+        )
+        rewards = stack.enter_context(start_rewards(config, data.judged_rows, run.rewards_log, mesh, judges, episodes))
         collector = Collector(config, data, sampler, rewards, sampling, tokenizer, log, episodes)
         checkpoints = run.begin(mesh, init_policy_fn, abstract_state, with_reference=bool(config.reference.sync_every))
         announce(log, config, run, data, origin, policy, mesh, packing)
@@ -135,8 +139,10 @@ def train(config: Config, check_only: bool = False, trust: bool = False) -> path
         stack.enter_context(collector.journal(run.path))  # and episodes, until a checkpoint has their step
         texts = TokenTexts(tokenizer)  # of the tokens of samples
         if progress.steps_done == 0:
-            log.baseline(collector.evaluate_if_due(state, steps_done=0))
-        for step in range(progress.steps_done, config.grpo.steps):
+            evaluated = collector.evaluate_if_due(state, steps_done=0, folder=run.path)
+            follow_best(config, progress.best, 0, evaluated)  # the metric that is followed must be there
+            log.baseline(evaluated)
+        for step in range(progress.steps_done, 0 if is_over(config, progress.best) else config.grpo.steps):
             steps_done = step + 1
             # 1. draw completions; each is judged while others are still drawn
             groups = collector.draw_and_judge(state, step, progress.position)
@@ -150,7 +156,9 @@ def train(config: Config, check_only: bool = False, trust: bool = False) -> path
                 reference = sync_reference(reference, state, steps_done)  # in every reference.sync_every-th step
             # 4. look at the step's health; evaluate where it is due
             checkup = checkups.examine(progress.health, rollout.metrics | train_metrics, state, rollout.advantages_B)
-            metrics = {**checkup.metrics, **collector.evaluate_if_due(state, steps_done)}
+            evaluated = collector.evaluate_if_due(state, steps_done, run.path)
+            best = follow_best(config, progress.best, steps_done, evaluated)
+            metrics = {**checkup.metrics, **evaluated}
             # 5. write the step's line and samples
             num_samples = len(rollout.texts) if checkup.keep_samples else config.logging.samples_per_step
             samples = kept_samples(rollout, num_samples, texts)
@@ -164,15 +172,20 @@ def train(config: Config, check_only: bool = False, trust: bool = False) -> path
                 position=groups.position,
                 entropy=entropy,
                 reward_state=collector.reward_state,
+                best=best,
             )
             is_last = steps_done == config.grpo.steps or log.stop_is_requested() or collector.reward_is_down
+            is_last = is_last or is_over(config, best)
             record = progress.record(policy.flavour, data.num_positions)
-            run.save_if_due(steps_done, state, record, reference, is_last=is_last)
+            run.save_if_due(steps_done, state, record, reference, is_last, best.step)
             if is_last:
                 break
         run.wait_for_saves()
         collector.raise_if_reward_is_down()
-        log.saved(progress.steps_done, run.path)
+        if is_over(config, progress.best):
+            log.message(end_of(config, progress.best, progress.steps_done))
+        else:
+            log.saved(progress.steps_done, run.path)
         return run.path
 
 

@@ -18,6 +18,7 @@ from rl.devices.mesh import check_sharded, create_mesh, no_implicit_transfers
 from rl.models.flavours import policy_from_config
 from rl.rollout.final_accuracy import FinalAccuracy
 from rl.run.announce import announce_supervised
+from rl.run.best import refuse_best
 from rl.run.checkup import Checkups
 from rl.run.command import run_command
 from rl.run.log import RunLog
@@ -54,6 +55,7 @@ def train(config: Config, check_only: bool = False, trust: bool = False) -> path
             "compiled_file must be null in grpo sft, for it holds the programs of grpo train, got "
             f"{config.compiled_file!r}; leave it out"
         )
+    refuse_best(config, "grpo sft")
     with contextlib.ExitStack() as stack:
         log = stack.enter_context(RunLog(config, "sft.steps"))
         # pairs: what is imitated

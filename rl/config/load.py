@@ -20,7 +20,15 @@ import pydantic
 from rl.config.peer_keys import advice
 from rl.config.ranges import check_plain, check_possible_path
 from rl.config.rules import check_config
-from rl.config.sections import FREE_FORM, LIST_ENTRIES, ONE_OR_MAPPING, Config, flatten, to_dict
+from rl.config.sections import (
+    FREE_FORM,
+    LIST_ENTRIES,
+    MAPPING_ENTRIES,
+    ONE_OR_MAPPING,
+    Config,
+    flatten,
+    to_dict,
+)
 from rl.config.yaml_text import MOST_DEPTH, read_yaml, write_yaml
 from rl.errors import RECIPE, missing
 from rl.files.json_file import shown
@@ -345,7 +353,7 @@ def _problem(item: Mapping[str, Any]) -> str:
     key, value = ".".join(map(str, item["loc"])), item["input"]
     if item["type"] == "unexpected_keyword_argument":  # in a list entry; other keys are compared with base.yml before
         entries = ".".join(map(str, item["loc"][:2]))
-        names = [field.name for field in dataclasses.fields(LIST_ENTRIES[entries])]
+        names = [field.name for field in dataclasses.fields((LIST_ENTRIES | MAPPING_ENTRIES)[entries])]
         return f"unknown config key {shown(key)}; an entry of {entries} has {names}"
     kind = item["type"].partition("_")[0]
     way_out = _WAYS_OUT.get(kind, "") if isinstance(value, str) else ""

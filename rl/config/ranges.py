@@ -12,7 +12,7 @@ import struct
 from collections.abc import Iterator
 from typing import Any
 
-from rl.config.sections import LIST_ENTRIES, Config, flatten, to_dict
+from rl.config.sections import LIST_ENTRIES, MAPPING_ENTRIES, Config, flatten, to_dict
 from rl.files.json_file import shown
 
 # Steps, sizes and ids become int32 on a device, numbers float32.
@@ -20,6 +20,7 @@ LARGEST_SEED = 2**32 - 1  # of which jax.random.key sees every bit
 LARGEST_INT = 2**31 - 1
 LARGEST_FLOAT = 3e38
 SMALLEST_FLOAT = 1e-37  # what is closer to 0 is 0 on a device
+LARGEST_GROUP = 2**16  # completions of a prompt
 _LONGEST_NAME, _LONGEST_PATH = 255, 4095  # bytes, of Linux and macOS (1,023 there)
 
 # Keys whose value may be a path. Some also take a name, which the same limits suit.
@@ -28,6 +29,7 @@ PATH_KEYS = (
     *("tokenizer.source", "tokenizer.chat_template"),
     *("data.source", "data.eval_source", "data.prepare", "data.sources.*.source", "data.sources.*.prepare"),
     *("data.few_shot", "data.sources.*.few_shot"),
+    *("eval.sets.*.source", "eval.sets.*.prepare", "eval.sets.*.few_shot"),
     *("rollout.tools.*", "rollout.environment", "rollout.environment.*", "rollout.agent"),
     *("rewards.functions.*.function", "logging.compilation_cache", "logging.trackers.*"),
     *("grpo.loss_type", "grpo.advantage_estimator", "sampling.source", "checkpoint.staging"),
@@ -198,6 +200,18 @@ RANGES = {
     "checkpoint.keep": _SIZE,
     "eval.every": _COUNT,
     "eval.max_prompts": _SIZE,
+    "eval.sets.*.max_prompts": _SIZE,
+    "eval.sets.*.samples": Range(1, LARGEST_GROUP),
+    "eval.sets.*.temperature": _NOT_NEGATIVE,
+    "eval.sets.*.top_k": _COUNT,
+    "eval.sets.*.top_p": Range(0, 1, above=True),
+    "eval.sets.*.seed": Range(0, LARGEST_SEED),
+    "eval.sets.*.ks.*": _SIZE,
+    "eval.block_size": _SIZE,
+    "eval.resamples": Range(100, 10**6),
+    "eval.keep_samples": _COUNT,
+    "eval.patience": Range(1, note=" or null (off)"),
+    "eval.min_delta": _NOT_NEGATIVE,
     "health.max_skipped_updates": _SIZE,
     "health.kl_spike": Range(0, above=True, note=_OFF),
     "health.grad_norm_spike": Range(0, above=True, note=_OFF),
@@ -299,7 +313,14 @@ def _check_text(key: str, text: str) -> None:
 def _entries(config: Config) -> Iterator[tuple[str, str, Any]]:
     """(key, key with * in place of a user's names and indices, value) for every value but mappings and lists."""
     for key, value in flatten(to_dict(config)).items():
-        if isinstance(value, dict):
+        if key in MAPPING_ENTRIES:
+            for name, entry in value.items():
+                for field, part in entry.items():
+                    parts = enumerate(part) if isinstance(part, list) else [(None, part)]
+                    for place, one in parts:
+                        end, pattern = ("", "") if place is None else (f".{place}", ".*")
+                        yield f"{key}.{name}.{field}{end}", f"{key}.*.{field}{pattern}", one
+        elif isinstance(value, dict):
             yield from ((f"{key}.{name}", f"{key}.*", entry) for name, entry in value.items())
         elif key in LIST_ENTRIES:
             for index, entry in enumerate(value):

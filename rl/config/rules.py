@@ -6,12 +6,12 @@ that need devices, data, a tokenizer or the model live where those are loaded.
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rewards.environment import is_ready_made
 from rewards.worker_variables import check_memory_gb, check_names
-from rl.config.ranges import check_ranges
+from rl.config.ranges import LARGEST_GROUP, check_ranges
 from rl.config.sections import (
     ENVIRONMENT,
     ESTIMATOR_NAMES,
@@ -26,7 +26,24 @@ from rl.config.sections import (
 from rl.files.json_file import shown
 from rl.files.stores import check_path
 
-LARGEST_GROUP = 2**16  # completions of a prompt
+_SET_NAME = re.compile(r"[A-Za-z][\w.-]*", re.ASCII)
+# Behind eval/ in the names of metrics of the held-out rows.
+_NO_SET_NAMES = frozenset(
+    [
+        "reward",
+        "accuracy",
+        "accuracy_low",
+        "accuracy_high",
+        "prompts",
+        "completion_length",
+        "truncated_share",
+        "turns",
+        "tool_calls",
+        "episodes",
+        "observation_length",
+        "environment",
+    ]
+)
 
 
 def check_config(config: Config) -> None:
@@ -129,11 +146,62 @@ def check_config(config: Config) -> None:
         raise ValueError(
             f"eval.reward must name one of rewards.functions {shown(counted)}, got {shown(config.eval.reward)}"
         )
+    _check_eval(config, counted)
     _check_chat(config)
     _check_data(config)
     for key, value in (("eval_size", config.data.eval_size), ("eval_share", config.data.eval_share)):
         if config.data.eval_source is not None and value:
             raise ValueError(f"data.{key} must be 0 when data.eval_source is set, got {value}")
+
+
+def _check_eval(config: Config, rewards: Sequence[str]) -> None:
+    """The sets of evaluations, and what follows the best of them. rewards: names of the functions that judge."""
+    section, best = config.eval, config.checkpoint.best
+    for name, entry in section.sets.items():
+        key = f"eval.sets.{name}"
+        if not _SET_NAME.fullmatch(name) or name in _NO_SET_NAMES:
+            raise ValueError(
+                f"eval.sets must have names of letters, digits, '_', '.' and '-' that begin with a letter, other than "
+                f"{', '.join(sorted(_NO_SET_NAMES))}, which are parts of the names of metrics, got {shown(name)}"
+            )
+        if name in config.data.source_names:
+            raise ValueError(f"eval.sets must not have the name of a source of data.sources, got {shown(name)}")
+        names = rewards if entry.functions is None else entry.functions
+        if entry.functions == [] or (entry.functions and config.rewards.functions and {*entry.functions} - {*rewards}):
+            raise ValueError(
+                f"{key}.functions must name some of rewards.functions {shown([*rewards])}, got {shown(entry.functions)}"
+            )
+        if entry.reward is not None and config.rewards.functions and entry.reward not in names:
+            raise ValueError(f"{key}.reward must name one of {shown([*names])}, got {shown(entry.reward)}")
+        if entry.source is None and (entry.args or entry.columns or entry.prepare or entry.few_shot):
+            raise ValueError(
+                f"{key}.source must be set with args, columns, prepare or few_shot, got null, which stands for the "
+                "held-out rows of `data`; name a source, or leave these out"
+            )
+        if entry.samples > 1 and entry.temperature == 0:
+            raise ValueError(
+                f"{key}.temperature must be > 0 with samples {entry.samples}, got 0, with which all samples of a "
+                "prompt are one and the same; leave samples out for greedy decoding"
+            )
+        if entry.ks == [] or max(entry.counted_ks) > entry.samples:
+            raise ValueError(f"{key}.ks must name numbers from 1 to samples ({entry.samples}), got {entry.ks}")
+    if best.metric is not None:
+        if not best.metric.startswith("eval/"):
+            raise ValueError(
+                f"checkpoint.best.metric must be a metric of an evaluation, such as eval/accuracy, got "
+                f"{shown(best.metric)}"
+            )
+        if not section.every:
+            raise ValueError(
+                f"eval.every must be > 0 with checkpoint.best.metric {shown(best.metric)}, got 0, with which nothing "
+                "is evaluated"
+            )
+    for key, value, off in (("patience", section.patience, None), ("min_delta", section.min_delta, 0)):
+        if value != off and best.metric is None:
+            raise ValueError(
+                f"checkpoint.best.metric must be set with eval.{key} {value}, got null: it says which metric is "
+                "followed; for example checkpoint.best.metric=eval/accuracy"
+            )
 
 
 def _check_data(config: Config) -> None:
@@ -278,6 +346,7 @@ def _check_paths(config: Config) -> None:
         ("data.source", config.data.source),
         ("data.eval_source", config.data.eval_source),
         *((f"data.sources.{i}.source", entry.source) for i, entry in enumerate(config.data.sources)),
+        *((f"eval.sets.{name}.source", entry.source) for name, entry in config.eval.sets.items()),
         *((key, value) for key, value in _few_shot_of(config) if isinstance(value, str)),
     ):
         check_path(value, key, may_be_remote=not (value and is_user_function(value)))

@@ -25,6 +25,7 @@ FREE_FORM = (
     "sampling.logit_bias",
     "rollout.environment",
     "logging.tracker_args",
+    "eval.sets",
     "mesh.axes",
     "mesh.dcn",
     "mesh.rules",
@@ -435,14 +436,50 @@ class DistributedSection:
 
 
 @dataclass(frozen=True, config=_STRICT)
+class BestSection:
+    """Which metric says that a checkpoint is the best one."""
+
+    metric: str | None
+    mode: Literal["max", "min"]
+
+
+@dataclass(frozen=True, config=_STRICT)
 class CheckpointSection:
     """When checkpoints are written, how many stay, and whether reading one checks it."""
 
     every: int
     keep: int
+    best: BestSection
     verify: bool
     overwrite: bool
     staging: str | None
+
+
+@dataclass(frozen=True, config=_STRICT)
+class EvalSet:
+    """One set of eval.sets. What is None here is as in the section `data`, or as docs/evaluation.md says."""
+
+    source: str | None = None
+    args: dict[str, Any] = dataclasses.field(default_factory=dict)
+    columns: dict[str, str | None] | None = None
+    prepare: str | None = None
+    few_shot: list[dict[str, Any]] | str | None = None
+    system_prompt: str | None = None
+    max_prompts: int | None = None
+    functions: list[str] | None = None
+    reward: str | None = None
+    category: str | None = None
+    samples: int = 1
+    temperature: float | None = None
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    ks: list[int] | None = None
+
+    @property
+    def counted_ks(self) -> list[int]:
+        """The numbers of samples for pass@k and maj@k, in rising order."""
+        return [self.samples] if self.ks is None else sorted({*self.ks})
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -452,6 +489,12 @@ class EvalSection:
     every: int
     reward: str | None
     max_prompts: int | None
+    sets: dict[str, EvalSet]
+    block_size: int
+    resamples: int
+    keep_samples: int
+    patience: int | None
+    min_delta: float
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -542,6 +585,7 @@ LIST_ENTRIES = {
     "rewards.functions": RewardFunction,
     "optimizer.lr_groups": LearningRateGroup,
 }
+MAPPING_ENTRIES = {"eval.sets": EvalSet}  # the same of mappings, whose names are a user's
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -562,9 +606,12 @@ def flatten(tree: Mapping, prefix: str = "") -> dict[str, Any]:
 
 
 def prepare_keys(config: Config) -> dict[str, str | None]:
-    """{key: its value} of every function that prepares data rows: of the section, and of the sources of a mixture."""
+    """{key: its value} of every function that prepares data rows: of the section, of the sources of a mixture, and of
+    the sets of evaluations.
+    """
     of_sources = {f"data.sources.{i}.prepare": entry.prepare for i, entry in enumerate(config.data.sources)}
-    return {"data.prepare": config.data.prepare, **of_sources}
+    of_sets = {f"eval.sets.{name}.prepare": entry.prepare for name, entry in config.eval.sets.items()}
+    return {"data.prepare": config.data.prepare, **of_sources, **of_sets}
 
 
 def is_user_function(value: str) -> bool:

@@ -20,8 +20,10 @@ def file_hashes(config: Config, keys: Sequence[str] = KEYS) -> dict[str, str]:
 
 
 def prepare_hashes(config: Config) -> dict[str, str]:
-    """{configuration key: SHA-256} of each file that prepares data rows; another hash means another run."""
-    return _hashes(prepare_keys(config))
+    """{configuration key: SHA-256} of each file that prepares the data rows of a run; another hash means another run.
+    The sets of its evaluations may change.
+    """
+    return _hashes({key: value for key, value in prepare_keys(config).items() if not key.startswith("eval.")})
 
 
 def _hashes(named: Mapping[str, str | None]) -> dict[str, str]:

@@ -10,7 +10,7 @@ Legend: P prompts, T token positions.
 
 import dataclasses
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -53,6 +53,7 @@ class PromptData:
       stream: the training rows of a source that is read while the run goes on, with data.streaming. `train` are then
         those of its first block, and the numbers of rows cover that block only.
       are_made_up: whether there are no data, and the rows stand for prompts that an environment makes.
+      sets: the rows of each set of `eval.sets`, where they are read (`rl.data.eval_sets`).
     """
 
     train: list[PromptRow]
@@ -63,6 +64,7 @@ class PromptData:
     sizes: Sequence[int] = ()
     stream: PromptStream | None = None
     are_made_up: bool = False
+    sets: Mapping[str, list[PromptRow]] = dataclasses.field(default_factory=dict)
 
     @property
     def rows(self) -> "PromptStream | list[PromptRow]":
@@ -85,6 +87,16 @@ class PromptData:
         """What identifies the training rows: `fingerprint` of all of them, or of what a stream reads them from."""
         of_train = fingerprint([] if self.are_made_up else self.train)
         return of_train if self.stream is None else self.stream.fingerprint(of_train["hash"])
+
+    @property
+    def evaluated_rows(self) -> list[PromptRow]:
+        """The held-out rows, and those of the sets."""
+        return [row for rows in (self.held_out, *self.sets.values()) for row in rows]
+
+    @property
+    def judged_rows(self) -> list[PromptRow]:
+        """The training rows, and those of the sets, whose columns reward functions may use too."""
+        return [row for rows in (self.train, *self.sets.values()) for row in rows]
 
     def evaluated(self, section: EvalSection) -> list[PromptRow]:
         """The held-out rows that evaluations during training ask; none where there are no evaluations."""

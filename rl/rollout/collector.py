@@ -21,8 +21,10 @@ from rl.data.order import order_of
 from rl.data.prompt_rows import PromptRow
 from rl.data.prompts import PromptData
 from rl.data.tokenizer import Tokenizer
+from rl.devices import hosts
 from rl.models.train_state import PureState
 from rl.rollout.episodes import EpisodeSource
+from rl.rollout.eval_sets import check_followed, evaluate_set, functions_of
 from rl.rollout.evaluation import evaluate, left_out_of_evaluation
 from rl.rollout.failing import FailureWatch
 from rl.rollout.groups import Judged, counted_function, judge, pass_rates
@@ -30,9 +32,11 @@ from rl.rollout.journal import Journal, StepJournal, code_digest
 from rl.rollout.reward_check import tell_of_rewards
 from rl.rollout.scoring import sample_and_score
 from rl.rollout.step_prompts import check_calls, collect
+from rl.run.eval_files import evaluation_file
 from rl.run.log import RunLog
 from rl.run.progress import ORDER_STEP, REWARD_STATE
 from rl.sampler.contract import CompletionSource
+from rl.sampler.create import prompts_at_a_time
 from rl.sampler.token_draw import SamplingParams
 
 _FIRST_ROWS = 32  # whose answers are wrong for the row that the check of the start judges
@@ -71,6 +75,10 @@ class Collector:
         self._order = order_of(config.data, data, config.seed, config.grpo.prompts_per_step)
         self._first_rows = data.train[:_FIRST_ROWS]
         self._rows, self._held_out, self._stream = data.rows, data.evaluated(config.eval), data.stream
+        self._sets = data.sets
+        for name in self._sets:
+            functions_of(name, config.eval.sets[name], runner)
+        check_followed(config, data)
         self._epoch = 0.0  # how often the training rows were used up so far
         self._journal: Journal | None = None
         self._of_step: StepJournal | None = None
@@ -160,25 +168,53 @@ class Collector:
             groups = dataclasses.replace(groups, metrics=groups.metrics | curriculum.metrics())
         return groups
 
-    def evaluate_if_due(self, state: PureState, steps_done: int) -> dict[str, float | None]:
-        """Metrics of the policy on the held-out prompts after `steps_done` steps; empty where no evaluation is due."""
+    def evaluate_if_due(
+        self, state: PureState, steps_done: int, folder: pathlib.Path | None = None
+    ) -> dict[str, float | None]:
+        """Metrics of the policy on the held-out prompts and on each set after `steps_done` steps; empty where no
+        evaluation is due.
+
+        folder: the run folder, where the samples are kept; None: nowhere.
+        """
         section, is_last = self._config.eval, steps_done == self._config.grpo.steps
-        if not self._held_out or (steps_done % section.every and not is_last):
+        if not (self._held_out or self._sets) or (steps_done % section.every and not is_last):
             return {}
-        with self._log.timer("eval"):
-            result = evaluate(
-                self._sampler,
-                state.params,
-                self._held_out,
-                self._runner,
-                self._tokenizer,
-                self._sampling,
-                section.reward,
-                self._moment(steps_done),
-                self._config.data.source_names,
-                self._episodes,
-            )
-        return result.metrics()
+        metrics: dict[str, float | None] = {}
+        moment, place = self._moment(steps_done), folder if hosts.is_first() else None
+        with self._log.timer("eval"), evaluation_file(place, steps_done, section.keep_samples) as write:
+            if self._held_out:
+                result = evaluate(
+                    self._sampler,
+                    state.params,
+                    self._held_out,
+                    self._runner,
+                    self._tokenizer,
+                    self._sampling,
+                    section.reward,
+                    moment,
+                    self._config.data.source_names,
+                    self._episodes,
+                    prompts_at_a_time(section, 1),
+                    write,
+                )
+                metrics |= result.metrics()
+            for name, rows in self._sets.items():
+                of_set = evaluate_set(
+                    name,
+                    section,
+                    self._sampler,
+                    state.params,
+                    rows,
+                    self._runner,
+                    self._tokenizer,
+                    self._sampling,
+                    moment,
+                    self._episodes,
+                    write,
+                )
+                self._log.message(f"eval after step {steps_done}, {of_set.brief()}")
+                metrics |= of_set.metrics()
+        return metrics
 
     def _draw(self, state: PureState, step: int, rows: Sequence[PromptRow], indices: Sequence[int]) -> Judged:
         """A group for each row. `indices`: the number of each row in its randomness."""

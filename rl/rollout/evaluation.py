@@ -8,11 +8,13 @@ completions are left out.
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 
+from rewards.contract import RewardSpec
+from rewards.logged import Sums, add_sums
 from rewards.moment import Moment
 from rewards.rubric import summarize, weighted_sum
 from rewards.runner import RewardRunner
@@ -20,8 +22,9 @@ from rl.data.prompt_rows import PromptRow, answer_of
 from rl.data.tokenizer import Tokenizer
 from rl.rollout.episode import episode_metrics, record_of
 from rl.rollout.episodes import EpisodeSource
+from rl.rollout.eval_statistics import wilson_interval
 from rl.rollout.groups import logged_metrics
-from rl.rollout.scoring import sample_and_score
+from rl.rollout.scoring import ScoredCompletions, sample_and_score
 from rl.run.metrics import Stopwatch
 from rl.sampler.contract import CompletionSource
 from rl.sampler.create import greedy
@@ -57,11 +60,11 @@ class EvalResult(SourceResult):
       means: {function: mean reward}; None where it judged nothing. left_out: names of functions that compare
         completions, which were not run.
       completion_length: mean number of tokens. truncated_share: the share of completions that hit the length limit.
-      samples: a record of each completion with the fields of samples.jsonl, see `rl.rollout.groups.sample_records`.
-        Without advantages; `reward` is the weighted sum of the functions that were run.
+      samples: what `sample_record` gives, for each prompt; empty where it was written elsewhere.
       logged: {reward/FUNCTION/METRIC: mean} of the metrics that reward functions logged; of episodes also what they
         were like, see `rl.rollout.episode.episode_metrics`.
       sources: {name: result} of the sources of a mixture, where more than one has prompts here; else empty.
+      sets: {name: `rl.rollout.eval_sets.SetResult`} of the named sets, where `rl.tools.evaluate` evaluates these too.
     """
 
     left_out: list[str]
@@ -70,6 +73,7 @@ class EvalResult(SourceResult):
     samples: list[dict[str, Any]] = dataclasses.field(repr=False)
     logged: dict[str, float] = dataclasses.field(default_factory=dict)
     sources: dict[str, SourceResult] = dataclasses.field(default_factory=dict)
+    sets: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def metrics(self) -> dict[str, float | None]:
         """The result as keys of metrics.jsonl. Those of a source begin with its name."""
@@ -78,6 +82,116 @@ class EvalResult(SourceResult):
         for source, result in self.sources.items():
             scalars |= {f"{source}/{name}": value for name, value in result.metrics().items()}
         return {f"eval/{name}": value for name, value in scalars.items()}
+
+
+class Block(NamedTuple):
+    """Some prompts of an evaluation with what was drawn for them.
+
+    Attributes:
+      rows: the prompts. start: the number of the first one among all.
+    """
+
+    rows: Sequence[PromptRow]
+    start: int
+    scored: ScoredCompletions
+
+
+def drawn_blocks(
+    sampler: CompletionSource,
+    params: Any,
+    rows: Sequence[PromptRow],
+    num_samples: int,
+    sampling: SamplingParams,
+    key: jax.Array,
+    runner: RewardRunner,
+    tokenizer: Tokenizer,
+    names: Sequence[str],
+    moment: Moment | None,
+    episodes: EpisodeSource | None,
+    size: int,
+) -> Iterator[Block]:
+    """Draws and judges samples of every row, `size` prompts at a time. What is drawn depends neither on that size nor
+    on what is drawn beside it.
+    """
+    for start in range(0, len(rows), size):
+        own = rows[start : start + size]
+        scored = sample_and_score(
+            sampler,
+            params,
+            own,
+            num_samples,
+            sampling,
+            key,
+            runner,
+            tokenizer,
+            Stopwatch(),
+            range(start, start + len(own)),
+            names=names,
+            moment=moment,
+            source=episodes,
+            episode_step=-1,  # the same environments in every evaluation, and no step trains on their seeds
+        )
+        yield Block(own, start, scored)
+
+
+class Gathered:
+    """What reward functions log in the blocks of an evaluation, and what episodes are like."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Sums] = {}
+        self._episodes: list[tuple[int, dict[str, float]]] = []
+
+    def add(self, scored: ScoredCompletions) -> None:
+        """Counts a block."""
+        for function, sums in scored.result.sums.items():
+            add_sums(self._sums.setdefault(function, {}), sums)
+        if scored.episodes:
+            self._episodes.append((len(scored.episodes), episode_metrics(scored.episodes)))
+
+    def metrics(self) -> dict[str, float]:
+        """Metrics as in `EvalResult.logged`, over all blocks."""
+        found = logged_metrics(self._sums, ())
+        total = sum(size for size, _ in self._episodes)
+        for name in self._episodes[0][1] if self._episodes else ():
+            values = [own[name] for _, own in self._episodes]
+            if name == "turns/max":
+                found[name] = max(values)
+            elif name == "tool_calls/bad":  # a number of calls
+                found[name] = sum(values)
+            elif len(values) == 1:
+                found[name] = values[0]
+            else:
+                found[name] = sum(size * own[name] for size, own in self._episodes) / total
+        return found
+
+
+def sample_record(
+    block: Block, p: int, g: int, specs: Sequence[RewardSpec], functions: Sequence[str]
+) -> dict[str, Any]:
+    """A record of sample g of the block's prompt p, with the fields of samples.jsonl
+    (`rl.rollout.groups.sample_records`) but for advantages.
+
+    specs: all reward functions, in the runner's order. functions: names of those that judged here, of which `reward` is
+    the weighted sum.
+    """
+    row, done = block.rows[p], block.scored.completions[p][g]
+    b = p * len(block.scored.completions[p]) + g
+    rewards, logged = block.scored.result.rewards[b], block.scored.result.logged[b]
+    judged = [(spec, value) for spec, value in zip(specs, rewards, strict=True) if spec.name in functions]
+    return {
+        "prompt_index": block.start + p,
+        "sample_index": g,
+        "prompt": row.prompt,
+        "completion": block.scored.texts[b],
+        **answer_of(row),
+        "rewards": {spec.name: value for spec, value in judged},
+        "reward": weighted_sum([value for _, value in judged], [spec.weight for spec, _ in judged]),
+        "num_tokens": len(done.token_ids),
+        "token_ids": done.token_ids.tolist(),
+        "finish_reason": done.finish_reason,
+        **({"logged": logged} if logged else {}),
+        **(record_of(block.scored.episodes[b]) if block.scored.episodes else {}),
+    }
 
 
 def evaluate(
@@ -91,6 +205,8 @@ def evaluate(
     moment: Moment | None = None,
     sources: Sequence[str] = (),
     episodes: EpisodeSource | None = None,
+    size: int | None = None,
+    write: Callable[[Mapping[str, Any]], None] | None = None,
 ) -> EvalResult:
     """Decodes every row greedily and scores it.
 
@@ -102,57 +218,38 @@ def evaluate(
       moment: where the run stands, for reward functions; None: at its start.
       sources: the names of the sources of a mixture, by the numbers in the rows.
       episodes: draws completions of several turns; None: of one.
+      size: prompts that are drawn at a time; None: all.
+      write: takes the record of each sample in order, which the result then does not hold.
     """
     plain, key = greedy(sampling), jax.random.key(0)
     names = runner.elementwise
-    scored = sample_and_score(
-        sampler,
-        params,
-        rows,
-        1,
-        plain,
-        key,
-        runner,
-        tokenizer,
-        Stopwatch(),
-        names=names,
-        moment=moment,
-        source=episodes,
-        episode_step=-1,  # the same environments in every evaluation, and no step trains on their seeds
-    )
-    texts, result = scored.texts, scored.result
-    completions = [group[0] for group in scored.completions]
     all_names = [spec.name for spec in runner.specs]
-    weights = [spec.weight for spec in runner.specs if spec.name in names]
-    rewards = [[row[all_names.index(name)] for name in names] for row in result.rewards]
+    values: list[list[float | None]] = []
+    samples: list[dict[str, Any]] = []
+    gathered, num_tokens, num_truncated = Gathered(), 0, 0
+    blocks = drawn_blocks(
+        sampler, params, rows, 1, plain, key, runner, tokenizer, names, moment, episodes, size or len(rows)
+    )
+    for block in blocks:
+        gathered.add(block.scored)
+        for p in range(len(block.rows)):
+            record = sample_record(block, p, 0, runner.specs, names)
+            values.append([*record["rewards"].values()])
+            num_tokens += block.scored.completions[p][0].num_trained
+            num_truncated += record["finish_reason"] == "length"
+            if write is None:
+                samples.append(record)
+            else:
+                write(record)
     counts = accuracy_function(runner, accuracy_reward)
-    of_sources = _by_source(rows, rewards, sources)
-    samples = [
-        {
-            "prompt_index": b,
-            "sample_index": 0,
-            "prompt": row.prompt,
-            "completion": text,
-            **answer_of(row),
-            "rewards": dict(zip(names, values, strict=True)),
-            "reward": weighted_sum(values, weights),
-            "num_tokens": len(done.token_ids),
-            "token_ids": done.token_ids.tolist(),
-            "finish_reason": done.finish_reason,
-            **({"logged": logged} if logged else {}),
-            **(record_of(scored.episodes[b]) if scored.episodes else {}),
-        }
-        for b, (row, text, values, done, logged) in enumerate(
-            zip(rows, texts, rewards, completions, result.logged, strict=True)
-        )
-    ]
+    of_sources = _by_source(rows, values, sources)
     return EvalResult(
-        **vars(_counted(rewards, names, counts)),
+        **vars(_counted(values, names, counts)),
         left_out=[name for name in all_names if name not in names],
-        completion_length=sum(done.num_trained for done in completions) / len(rows),
-        truncated_share=sum(done.finish_reason == "length" for done in completions) / len(rows),
+        completion_length=num_tokens / len(rows),
+        truncated_share=num_truncated / len(rows),
         samples=samples,
-        logged=logged_metrics(result.sums, ()) | (episode_metrics(scored.episodes) if scored.episodes else {}),
+        logged=gathered.metrics(),
         sources={name: _counted(own, names, counts) for name, own in of_sources.items()},
     )
 
@@ -183,12 +280,12 @@ def _by_source(
     return found if len(found) > 1 else {}
 
 
-def accuracy_function(runner: RewardRunner, wanted: str | None) -> str | None:
+def accuracy_function(runner: RewardRunner, wanted: str | None, names: Sequence[str] | None = None) -> str | None:
     """The name of the reward function that counts as accuracy; None if it compares completions, or all functions do.
 
-    wanted: `eval.reward`.
+    wanted: `eval.reward`. names: the functions among which it is; None: all that judge completions one by one.
     """
-    names = runner.elementwise
+    names = runner.elementwise if names is None else names
     if wanted is not None:
         return wanted if wanted in names else None
     return names[0] if names else None
@@ -209,13 +306,3 @@ def left_out_of_evaluation(runner: RewardRunner, accuracy_reward: str | None) ->
         f"not called for one at a time ({reasons}); elementwise: true, in an entry of rewards.functions, says that a "
         f"function judges each by itself{lost}"
     )
-
-
-def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson score interval of a share, 95 % by default; (0, 1) without trials."""
-    if trials == 0:
-        return 0.0, 1.0
-    share, square = successes / trials, z * z
-    centre = (share + square / (2 * trials)) / (1 + square / trials)
-    margin = z * math.sqrt(share * (1 - share) / trials + square / (4 * trials**2)) / (1 + square / trials)
-    return max(centre - margin, 0.0), min(centre + margin, 1.0)

@@ -166,7 +166,8 @@ def tell_of_rewards(
     """
     answer = row.columns.get(ANSWER)
     gold = None if answer is None else completion_form(row.prompt, right_text(answer, runner.specs))
-    warnings = check_on_gold(runner, prompt_form(row.prompt), gold, row.columns, hosts.is_first())
+    columns = {**dict.fromkeys(runner.columns), **row.columns}  # rows of other sources may have more
+    warnings = check_on_gold(runner, prompt_form(row.prompt), gold, columns, hosts.is_first())
     for warning in warnings:
         console.warning(warning)
     # Of functions that are known not to work the sum tells nothing, and one that hangs would hang again.

@@ -29,7 +29,7 @@ def check_recipe(config: Config, data: PromptData, sampling: SamplingParams, max
             f"sampling.temperature must be > 0 for training, got {config.sampling.temperature}; "
             "evaluation is greedy anyway"
         )
-    longest = max([planned_prompt_length(config, data), *(len(row.prompt_ids) for row in data.held_out)])
+    longest = max([planned_prompt_length(config, data), *(len(row.prompt_ids) for row in data.evaluated_rows)])
     longest += config.longest_completion
     if longest > max_positions:
         raise ValueError(

@@ -343,7 +343,7 @@ METRICS: tuple[Subject, ...] = (
     Subject(
         "Evaluation",
         "On held-out prompts, every `eval.every` steps; null at other steps is no value. `<set>` is a source of a "
-        "mixture, where there are several.",
+        "mixture, where there are several, a name of `eval.sets`, or `NAME/category/VALUE` of one.",
         (
             Metric(
                 "eval/[<set>/]accuracy",
@@ -355,7 +355,19 @@ METRICS: tuple[Subject, ...] = (
             Metric("eval/[<set>/]accuracy_high", "upper end"),
             Metric("eval/[<set>/]prompts", "evaluated prompts", "prompts"),
             Metric("eval/[<set>/]reward/<function>/mean", "mean of one function's rewards", ANY),
-            Metric("eval/[<set>/]reward/<function>/<metric>", "mean of what the function logged", ANY),
+            Metric(
+                "eval/[<set>/]reward/<function>/<metric>",
+                "mean of what the function logged; of a set of `eval.sets` also the measures below by this function",
+                ANY,
+            ),
+            Metric(
+                "eval/[<set>/]avg_at_<k>",
+                "right samples of a question, of k that are drawn; `_low` and `_high`, here and below, are the ends of "
+                "a 95 % interval (docs/evaluation.md)",
+                healthy="rises with the reward",
+            ),
+            Metric("eval/[<set>/]pass_at_<k>", "questions of which one of k samples is right, unbiased"),
+            Metric("eval/[<set>/]maj_at_<k>", "questions of which the most frequent answer of k samples is right"),
             Metric("eval/[<set>/]completion_length/mean", "mean length", "tokens"),
             Metric("eval/[<set>/]truncated_share", "completions that were cut", "share", "near 0"),
         ),

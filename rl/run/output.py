@@ -114,20 +114,23 @@ class RunOutput:
         record: dict[str, Any],
         reference: PureState | None = None,
         is_last: bool = False,
+        best_step: int | None = None,
     ) -> None:
-        """Starts to write a checkpoint after every `checkpoint.every` steps and after the last one. To be called after
-        each step, when its line is written.
+        """Starts to write a checkpoint after every `checkpoint.every` steps, after the last one and after the best one.
+        To be called after each step, when its line is written.
 
         Args:
           step: how many steps are done.
           record: what the checkpoint remembers of the loop, from `Progress`.
           is_last: whether the run ends with this step.
+          best_step: the step of the best checkpoint, which stays beside the newest ones; None: none is the best.
 
         Raises:
           ValueError: the run's store is another process's by now, or see `Checkpoints.save`.
         """
         self.mirror.check()  # no two runs write to one store
-        if is_last or step % self._config.checkpoint.every == 0:
+        self.checkpoints.best_step = best_step
+        if is_last or step == best_step or step % self._config.checkpoint.every == 0:
             with self._log.timer("checkpoint"):  # counted to the next step: the line of this one is written
                 self.checkpoints.save(step, state, record, reference)
         self._log.messages(self.folder.recorded())

@@ -19,10 +19,11 @@ from rl.data.tokenizer import Tokenizer
 from rl.devices import hosts
 from rl.models.foreign import files as foreign
 from rl.models.train_state import PureState
+from rl.run.best import Best
 from rl.run.health import HealthState, healthy
 from rl.run.log import RunLog
 from rl.run_folder.clock import CLOCK
-from rl.run_folder.contents import HELD_OUT
+from rl.run_folder.contents import BEST, HELD_OUT
 from rl.state.checkpoint import Checkpoints
 from rl.state.origin import Origin, pretrained_params, reward_model_identity
 from rl.state.states import InitStateFn, frozen_base, setup_training_state
@@ -72,6 +73,7 @@ class Progress(NamedTuple):
       position: where the next prompts are in the run's order: the number used up, or what a stream says of it.
       entropy: the state of the adaptive entropy bonus.
       reward_state: findings about reward functions and prompts, as JSON values by the names in `REWARD_STATE`.
+      best: the best evaluation so far.
     """
 
     steps_done: int
@@ -79,6 +81,7 @@ class Progress(NamedTuple):
     position: int
     entropy: EntropyCoefState
     reward_state: Mapping[str, Any] = {}
+    best: Best = Best()
 
     @classmethod
     def start(cls, config: Config) -> "Progress":
@@ -95,6 +98,7 @@ class Progress(NamedTuple):
             position=record["epoch"] * num_rows + record["position"],
             entropy=EntropyCoefState(**record["entropy"]),
             reward_state={name: record[name] for name in REWARD_STATE if name in record},
+            best=Best(**record.get(BEST, {})),
         )
 
     def record(self, flavour: str, num_rows: int) -> dict[str, Any]:
@@ -102,7 +106,8 @@ class Progress(NamedTuple):
         epoch, offset = divmod(self.position, num_rows)
         record = {"step": self.steps_done, "epoch": epoch, "position": offset, "flavour": flavour}
         record |= {"entropy": self.entropy._asdict(), "health": self.health._asdict()}
-        return {**record, **self.reward_state}
+        followed = {BEST: self.best._asdict()} if self.best != Best() else {}
+        return {**record, **self.reward_state, **followed}
 
     def supervised_record(self, flavour: str) -> dict[str, Any]:
         """The state of supervised fine-tuning as JSON values. The step alone gives the position in the data."""

@@ -19,6 +19,9 @@ from rl.files.local_files import UNFINISHED
 CONFIG, IDENTITY, METRICS, SAMPLES = "config.yml", "run.json", "metrics.jsonl", "samples.jsonl"
 EVENTS = "events.jsonl"  # what is no number of a step: starts, warnings, histograms
 JOURNAL = "journal.jsonl"  # of the steps since the last checkpoint, see `rl.rollout.journal`
+BEST = "best"  # in place of a step's number, and in loop records: the checkpoint with the best checkpoint.best.metric
+Step = int | str  # a number, or BEST
+EVALUATIONS = "evaluations"  # folder of the samples of evaluations, see `rl.run.eval_files`
 CHECKPOINTS, EXPORT, EXPORT_RECORD = "checkpoints", "export", "export.json"
 HASHES = "hashes.json"  # of a checkpoint, see `rl.state.checkpoint_files`
 LOCK, LOG, CURVES, REPORT = ".lock", "rewards.log", "reward.png", "report.html"
@@ -42,6 +45,7 @@ _STEP_ENTRIES = (
 )
 # Names of step folders. A damaged step is one that was set aside.
 _OWN_STEP = re.compile(r"\d+(\.orbax-checkpoint-tmp[^/\0]*|\.damaged(\.\d+)?)?", re.ASCII)
+_EVALUATION = re.compile(r"\d+\.jsonl", re.ASCII)
 _STEP = re.compile(r"\d+(\.orbax-checkpoint-tmp[^/\0]*)?", re.ASCII)
 
 
@@ -154,6 +158,52 @@ def checkpoint_steps(path: str | os.PathLike) -> list[int]:
     return sorted(int(entry.name) for entry in _steps(pathlib.Path(path)))
 
 
+def best_step(path: str | os.PathLike) -> int | None:
+    """The step of a run's best checkpoint, by the loop record of its newest one; None where none was kept as the best.
+
+    Raises:
+      ValueError: the record cannot be read.
+    """
+    steps = checkpoint_steps(path)
+    return recorded_best(pathlib.Path(path) / CHECKPOINTS / str(steps[-1])) if steps else None
+
+
+def chosen_step(path: str | os.PathLike, step: Step | None) -> int | None:
+    """The number of the step that a reader of a run folder names: None stays None, `best` is looked up.
+
+    Raises:
+      ValueError: there is no best checkpoint.
+    """
+    if step is None or isinstance(step, int):
+        return step
+    found = best_step(path)
+    if found is None:
+        raise ValueError(
+            f"--step {BEST} needs a run that keeps its best checkpoint (checkpoint.best.metric), got "
+            f"{os.fspath(path)!r}, whose newest checkpoint names none; its checkpoints are {checkpoint_steps(path)}"
+        )
+    return found
+
+
+def recorded_best(step: pathlib.Path) -> int | None:
+    """The step of the best checkpoint by the record in the folder of a step. ValueError where it cannot be read."""
+    record = step / "loop" / "metadata"
+    best = read_json(record).get(BEST) if record.is_file() else None
+    found = best.get("step") if isinstance(best, dict) else None
+    return found if isinstance(found, int) else None
+
+
+def evaluation_files(folder: pathlib.Path) -> list[pathlib.Path]:
+    """The files of samples of evaluations, oldest step first."""
+    place = folder / EVALUATIONS
+    if not place.is_dir() or place.is_symlink():
+        return []
+    return sorted(
+        (entry for entry in place.iterdir() if _EVALUATION.fullmatch(entry.name) and _is_plain_file(entry)),
+        key=lambda entry: int(entry.stem),
+    )
+
+
 def is_checkpoint(folder: pathlib.Path) -> bool:
     """Whether the folder of a step has what Orbax, or `rl.state.checkpoint_files`, writes into one."""
     marks = ("_CHECKPOINT_METADATA", HASHES, "state/_METADATA", "loop/metadata")
@@ -190,6 +240,7 @@ def own_entries(folder: pathlib.Path, kind: str) -> list[str]:
     if checkpoints.is_dir() and not checkpoints.is_symlink():
         steps = sorted(entry for entry in checkpoints.iterdir() if _OWN_STEP.fullmatch(entry.name))
         entries += [f"{CHECKPOINTS}/{step.name}" for step in steps if not step.name.isdecimal() or is_checkpoint(step)]
+    entries += [f"{EVALUATIONS}/{entry.name}" for entry in evaluation_files(folder)]
     if kind == "sft" and is_export_record(folder / EXPORT_RECORD):
         entries.append(EXPORT_RECORD)
     entries += [name for name in (CURVES, REPORT) if is_own_curves(folder / name)]
@@ -201,6 +252,8 @@ def is_own_name(entry: str, kind: str) -> bool:
     folder, _, step = entry.partition("/")
     if folder == CHECKPOINTS and step:
         return _OWN_STEP.fullmatch(step) is not None
+    if folder == EVALUATIONS and step:
+        return _EVALUATION.fullmatch(step) is not None
     return entry in (*_FILES, CURVES, REPORT) or (kind == "sft" and entry in (EXPORT, EXPORT_RECORD))
 
 

@@ -25,7 +25,18 @@ from rl.config.load import Config, require
 from rl.devices import hosts
 from rl.files.local_files import UNFINISHED, file_hash, lock_file
 from rl.files.stores import Store, cache_folder, download_all, file_names, is_remote, open_store, short_name
-from rl.run_folder.contents import CURVES, HASHES, IDENTITY, LOCK, LOG, LOG_BEFORE, REPORT
+from rl.run_folder.contents import (
+    CURVES,
+    EVALUATIONS,
+    HASHES,
+    IDENTITY,
+    LOCK,
+    LOG,
+    LOG_BEFORE,
+    REPORT,
+    evaluation_files,
+    recorded_best,
+)
 from rl.run_folder.lease import LEASE, Lease
 from rl.run_folder.ledger import LEDGER, Ledger, read_ledger
 from rl.run_folder.remote_steps import FILES, MARKER, STEPS, DamagedStepError, Marker, fetch_step, read_markers, step_of
@@ -323,8 +334,11 @@ class Staging:
         for old in sorted(damaged & markers.keys()):
             self._remove_step(old)
         self._note(step, markers[step])
+        best = recorded_best(folder)
         for old in sorted(markers.keys() - damaged)[: -self._keep]:
-            self._remove_step(old)
+            if old != best:
+                self._remove_step(old)
+        self._remove_evaluations()
 
     def _claim_files(self, others: Iterable[str] = ()) -> list[str]:
         """The run's files beside its checkpoints, in the order of upload. They and `others` are claimed in
@@ -353,6 +367,18 @@ class Staging:
                 continue  # the run has just replaced or removed the file
             self._store.upload(outgoing, name)
             self._sent[name] = stamp
+
+    def _remove_evaluations(self) -> None:
+        """Removes the samples of evaluations that are older than those that the run has kept."""
+        kept, prefix = evaluation_files(self.run), f"{EVALUATIONS}/"
+        oldest = int(kept[0].stem) if kept else 0
+        names = [name for name in self._ledger.files if name.startswith(prefix)]
+        steps = {name: name.removeprefix(prefix).removesuffix(".jsonl") for name in names}
+        old = [name for name, step in steps.items() if step.isdecimal() and int(step) < oldest]
+        if old:
+            there = self._store.stats(prefix)
+            self._store.remove([name for name in old if name in there])
+            self._ledger.forget(old)
 
     def _remove_step(self, step: int) -> None:
         self._remove([name for name in self._ledger.files if step_of(name) == step])

@@ -4,6 +4,7 @@ In: a path or URL of a run. Out: a local run folder with the requested step. Not
 `rl.run_folder.mirror` does.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -24,7 +25,7 @@ from rl.files.stores import (
     open_store,
     short_name,
 )
-from rl.run_folder.contents import CHECKPOINTS, CONFIG, EVENTS, IDENTITY, METRICS, SAMPLES
+from rl.run_folder.contents import BEST, CHECKPOINTS, CONFIG, EVENTS, IDENTITY, METRICS, SAMPLES, Step
 from rl.run_folder.ledger import read_ledger
 
 STEPS = f"{CHECKPOINTS}/"
@@ -51,14 +52,14 @@ class Marker(NamedTuple):
     files: dict[str, tuple[int, str]]
 
 
-def local_source(path: str | os.PathLike, step: int | None = None, with_samples: bool = False) -> pathlib.Path:
+def local_source(path: str | os.PathLike, step: Step | None = None, with_samples: bool = False) -> pathlib.Path:
     """A local path from which to read what is at a path or URL.
 
     A local path is returned unchanged. The files of a run at a URL, and those of one step, are copied, verified and
     kept. Anything else at a URL is copied by `rl.files.stores.local_copy`.
 
     Args:
-      step: the step of the run; None: the newest.
+      step: the step of the run, or BEST; None: the newest.
       with_samples: whether to copy samples.jsonl as well, which may be large.
 
     Raises:
@@ -95,13 +96,14 @@ def local_report(path: str | os.PathLike, metrics_only: bool = False) -> pathlib
     return place
 
 
-def copy_of_run(store: Store, cache: pathlib.Path, step: int | None, with_samples: bool = False) -> pathlib.Path:
+def copy_of_run(store: Store, cache: pathlib.Path, step: Step | None, with_samples: bool = False) -> pathlib.Path:
     """See `local_source`."""
     markers = read_markers(store)
     if not markers:
         raise ValueError(f"{store.url} must be a run folder with a complete checkpoint, and it has none")
-    step = max(markers) if step is None else step
-    if step not in markers:
+    newest = max(markers)
+    step = newest if step is None else _best(store, newest) if step == BEST else step
+    if not isinstance(step, int) or step not in markers:
         raise ValueError(f"--step must be one of the checkpoints of {store.url}, {sorted(markers)}, got {step}")
     cache = cache / short_name(store.url)
     place = cache / f"{step}-{markers[step].digest[:16]}"
@@ -117,6 +119,20 @@ def copy_of_run(store: Store, cache: pathlib.Path, step: int | None, with_sample
             (draft / STEPS).mkdir()
             (draft / STEPS / str(step)).symlink_to(place.absolute(), target_is_directory=True)
     return view
+
+
+def _best(store: Store, newest: int) -> int:
+    """The step of the best checkpoint, by the record of the newest one. ValueError where there is none."""
+    content = store.read(f"{STEPS}{newest}/loop/metadata")
+    best = None
+    with contextlib.suppress(ValueError, TypeError, KeyError):
+        best = json.loads(content or b"")[BEST]["step"]
+    if not isinstance(best, int):
+        raise ValueError(
+            f"--step {BEST} needs a run that keeps its best checkpoint (checkpoint.best.metric), got {store.url}, "
+            "whose newest checkpoint names none"
+        )
+    return best
 
 
 def fetch_step(store: Store, step: int, marker: Marker, folder: pathlib.Path) -> None:

@@ -22,6 +22,7 @@ from typing import Any
 from rl.files.local_files import UNFINISHED, write_file
 from rl.run_folder.contents import (
     CHECKPOINTS,
+    EVALUATIONS,
     IDENTITY,
     KINDS,
     checkpoint_steps,
@@ -206,6 +207,7 @@ def _rename(source: pathlib.Path, target: pathlib.Path) -> None:
 def _end(old: pathlib.Path) -> None:
     """Removes the note, and the folders if they are empty."""
     _remove_if_empty(old / CHECKPOINTS)
+    _remove_if_empty(old / EVALUATIONS)
     for name in (UNFINISHED + _NOTE, _NOTE):  # a folder without a note counts as ours only if it is empty
         (old / name).unlink(missing_ok=True)
     _remove_if_empty(old)
@@ -254,7 +256,7 @@ def _checked(path: pathlib.Path, folder: pathlib.Path, note: dict[str, Any]) -> 
         raise ValueError(f"the entries are {str(entries)[:80]!r}")
     if strange := [entry for entry in entries if not any(is_own_name(entry, kind) for kind in KINDS)]:
         raise ValueError(f"no run writes {strange[0][:200]!r}")
-    places = [path, path / _NOTE, path / CHECKPOINTS, *(path / entry for entry in entries)]
+    places = [path, path / _NOTE, path / CHECKPOINTS, path / EVALUATIONS, *(path / entry for entry in entries)]
     if links := [place for place in places if place.is_symlink()]:
         raise ValueError(f"{links[0]} is a link")
     old = Replaced(path, phase, tuple(entries))

@@ -5,13 +5,14 @@ module knows which sources there are.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, cast
 
 from jax.sharding import Mesh
 
 from rl.config.load import Config
+from rl.config.sections import EvalSection, EvalSet
 from rl.data.prompts import PromptData
 from rl.data.tokenizer import Tokenizer
 from rl.devices import hosts
@@ -39,6 +40,31 @@ def greedy(sampling: SamplingParams) -> SamplingParams:
         presence_penalty=0.0,
         reports_kept=False,
     )
+
+
+def set_sampling(entry: EvalSet, sampling: SamplingParams) -> SamplingParams:
+    """The sampling parameters of a set of an evaluation: what it says over plain greedy decoding.
+
+    Without a temperature, one sample is greedy and several have the temperature of `sampling`.
+
+    Raises:
+      ValueError: several samples would all be greedy, or the temperature is too near 0.
+    """
+    is_greedy = entry.samples == 1 if entry.temperature is None else entry.temperature == 0
+    if is_greedy:
+        return greedy(sampling)
+    temperature = sampling.temperature if entry.temperature is None else entry.temperature
+    if temperature == 0:
+        raise ValueError(
+            f"sampling.temperature must be > 0 for a set of eval.sets with samples {entry.samples}, got 0; give the "
+            "set a temperature of its own"
+        )
+    return dataclasses.replace(greedy(sampling), temperature=temperature, top_k=entry.top_k, top_p=entry.top_p)
+
+
+def prompts_at_a_time(section: EvalSection, num_samples: int) -> int:
+    """The number of prompts that an evaluation draws at a time, with so many samples of each."""
+    return max(1, section.block_size // num_samples)
 
 
 def create_sampler(
@@ -100,7 +126,7 @@ def plan_draws(
     if config.rollout.has_turns:
         prompt_length = planned_prompt_length(config, data)
     if prompt_length is None:
-        prompts = [row.prompt_ids for row in (*data.train, *data.held_out)]
+        prompts = [row.prompt_ids for row in (*data.train, *data.evaluated_rows)]
         sampler.expect(prompts, step.num_prompts, step.num_samples)
     else:
         sampler.expect_length(prompt_length, step.num_prompts, step.num_samples)  # only its programs can be stored
@@ -126,10 +152,20 @@ def warm_up(sampler: CompletionSource, config: Config, data: PromptData, samplin
 
 
 def draw_sizes(config: Config, data: PromptData, sampling: SamplingParams) -> list[DrawSize]:
-    """The sizes of the calls of a run: of a step first, then of an evaluation, if there is one."""
+    """The sizes of the calls of a run: of a step first, then of its evaluations, if there are any."""
     step = DrawSize(config.grpo.prompts_per_step, config.grpo.group_size, sampling)
-    num_evaluated = len(data.evaluated(config.eval))
-    return [step, DrawSize(num_evaluated, 1, greedy(sampling))] if num_evaluated else [step]
+    return [step, *evaluation_sizes(config, len(data.evaluated(config.eval)), data.sets, sampling)]
+
+
+def evaluation_sizes(
+    config: Config, num_held_out: int, sets: Mapping[str, Sequence[Any]], sampling: SamplingParams
+) -> list[DrawSize]:
+    """The sizes of the calls of an evaluation of so many held-out prompts, and of the rows of each set."""
+    sizes = [(num_held_out, 1, greedy(sampling))] if num_held_out else []
+    for name, rows in sets.items():
+        entry = config.eval.sets[name]
+        sizes.append((len(rows), entry.samples, set_sampling(entry, sampling)))
+    return [DrawSize(min(num, prompts_at_a_time(config.eval, each)), each, own) for num, each, own in sizes]
 
 
 def _slot_sampler(

@@ -25,7 +25,7 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Self, TypeVar
 
 import flax.serialization
@@ -82,6 +82,7 @@ class Checkpoints:
     Attributes:
       abstract: shapes, annotations and shardings of the whole state.
       restored_step: the checkpoint that was read last.
+      best_step: a checkpoint that stays, however many newer ones there are; None: none.
     """
 
     def __init__(
@@ -95,13 +96,16 @@ class Checkpoints:
         mirror: Mirror | None = None,
         verify: bool = True,
         warn: Callable[[str], None] | None = None,
+        keeps_best: bool = False,
     ):
         self._folder = folder
         self._mirror = mirror
         self._with_reference = with_reference
         self.abstract = abstract
         self.restored_step: int | None = None
-        self._keep = keep
+        self.best_step: int | None = None
+        self._most = keep + keeps_best  # that stay
+        self.keep = keep
         self._model_config = model_config
         self._read_only = read_only
         self._verify = verify
@@ -120,7 +124,8 @@ class Checkpoints:
             options |= {"read_only": True, "create": False, "save_interval_steps": 0}
             logging.getLogger("absl").addFilter(_is_unexpected)
         else:
-            options |= {"max_to_keep": self._keep, "enable_async_checkpointing": True, "enable_background_delete": True}
+            options |= {"preservation_policy": _NewestAndBest(self)}
+            options |= {"enable_async_checkpointing": True, "enable_background_delete": True}
             options |= {"temporary_path_class": _StepPath}
         return ocp.CheckpointManager(
             self._folder.absolute(),
@@ -369,12 +374,12 @@ class Checkpoints:
     def _check_disk_space(self, counts_existing: bool) -> None:
         size = self._size()
         existing = sum(map(folder_size, self._steps_on_disk())) if counts_existing else 0
-        need = max(size * (self._keep + 1) - existing, size)  # `keep` and the one that is being written
+        need = max(size * (self._most + 1) - existing, size)  # those that stay, and the one that is being written
         folder = self._folder.absolute()
         free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
         if need > free:
             raise ValueError(
-                f"{self._folder} needs about {size_text(need)} free for {self._keep} + 1 checkpoints of "
+                f"{self._folder} needs about {size_text(need)} free for {self._most} + 1 checkpoints of "
                 f"{size_text(size)}, got {size_text(free)}; "
                 "free some space, lower checkpoint.keep, or set output_dir on another disk"
             )
@@ -426,6 +431,19 @@ class Checkpoints:
         """Finishes writing and releases the folder."""
         with _explain_write_errors(self._folder):
             self._manager.close()
+
+
+class _NewestAndBest:
+    """Which checkpoints stay: the newest `keep`, and the best one. A policy of Orbax."""
+
+    def __init__(self, checkpoints: Checkpoints):
+        self._checkpoints = checkpoints
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """Whether each of these checkpoints stays; they come in the order of their steps."""
+        newest = len(checkpoints) - self._checkpoints.keep
+        best = self._checkpoints.best_step
+        return [place >= newest or info.step == best for place, info in enumerate(checkpoints)]
 
 
 class _StepPath(ocp.path.atomicity.AtomicRenameTemporaryPath):
@@ -547,7 +565,16 @@ def create_checkpoint_manager(
     model_config = init_state_fn.policy.config
     section = config.checkpoint
     return Checkpoints(
-        folder, abstract, section.keep, model_config, read_only, with_reference, mirror, section.verify, warn
+        folder,
+        abstract,
+        section.keep,
+        model_config,
+        read_only,
+        with_reference,
+        mirror,
+        section.verify,
+        warn,
+        keeps_best=section.best.metric is not None,
     )
 
 

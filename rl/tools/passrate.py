@@ -22,7 +22,7 @@ from rewards.batch import FAILURES
 from rewards.moment import Moment
 from rewards.runner import RewardRunner
 from rl.config.load import Config
-from rl.config.rules import LARGEST_GROUP
+from rl.config.ranges import LARGEST_GROUP
 from rl.data.curriculum import PASS_RATE
 from rl.data.prompts import PromptData, fingerprint, held_out_fingerprint, load_prompts
 from rl.devices import hosts
@@ -35,6 +35,7 @@ from rl.rollout.reward_model import open_reward_models, weight_bytes
 from rl.rollout.scoring import sample_and_score, start_rewards
 from rl.run.checks import check_recipe
 from rl.run.metrics import Stopwatch
+from rl.run_folder.contents import Step
 from rl.run_folder.folder import check_trust
 from rl.run_folder.trust import MODEL, REWARDS, TO_EVALUATE, code_of
 from rl.sampler.create import checked_sampling, create_sampler
@@ -49,6 +50,7 @@ from rl.tools.passrate_file import (
     write_outputs,
 )
 from rl.tools.samples.sample import draw_settings, progress, weight_settings
+from rl.tools.step_option import step_option
 from rl.tools.trained import TrainedPolicy, WeightSource, load_source, resolve_for, with_step
 
 _STREAM = 5  # keeps the draws apart from those of a run with the same seed
@@ -77,7 +79,7 @@ def passrate(
     recipe: str,
     output: str,
     draws: int | None = None,
-    step: int | None = None,
+    step: Step | None = None,
     adapter: str | None = None,
     overwrite: bool = False,
     overrides: Sequence[str] = (),
@@ -310,7 +312,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides with dotted keys")
     parser.add_argument("--output", required=True, metavar="FILE", help=".jsonl or .parquet; {source}: one for each")
     parser.add_argument("--draws", type=int, help="completions of each prompt; grpo.group_size when left out")
-    parser.add_argument("--step", type=int, help="the checkpoint of a run; the newest when left out")
+    parser.add_argument("--step", type=step_option, help="the checkpoint of a run, or best; the newest when left out")
     parser.add_argument("--adapter", metavar="FOLDER", help="an adapter in PEFT's format beside MODEL's weights")
     parser.add_argument("--overwrite", action="store_true", help="replace FILE, and drop what other settings measured")
     parser.add_argument("--trust", action="store_true", help="run code that a run folder's config.yml names, as it is")

@@ -17,6 +17,7 @@ from rl.config.ranges import LARGEST_SEED
 from rl.devices.programs import use_compilation_cache
 from rl.sampler.create import create_sampler, eos_ids, sampling_params
 from rl.serving.engine import Engine, EngineLimits
+from rl.tools.step_option import step_option
 from rl.tools.trained import load_source, resolve_model, with_step
 
 DEFAULT_SLOTS = 16
@@ -37,7 +38,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, str, list[str]]:
     parser.add_argument("--host", default="127.0.0.1", help="the address to listen at")
     parser.add_argument("--port", type=int, default=8000, help="0: any free one, which is printed")
     parser.add_argument("--name", help="what clients call the model; MODEL when left out")
-    parser.add_argument("--step", type=int, help="the checkpoint of a run; the newest when left out")
+    parser.add_argument("--step", type=step_option, help="the checkpoint of a run, or best; the newest when left out")
     parser.add_argument("--adapter", metavar="FOLDER", help="an adapter in PEFT's format beside MODEL's weights")
     parser.add_argument("--seed", type=int, help="of completions whose request has none; another at each start")
     parser.add_argument("--parked", type=int, default=8, help="completions whose keys and values are kept")

@@ -20,6 +20,7 @@ from rl.devices.mesh import create_mesh
 from rl.files.stores import check_path, is_remote
 from rl.models.flavours import policy_from_config
 from rl.models.policy import Policy
+from rl.run_folder.contents import Step, chosen_step
 from rl.run_folder.folder import check_trust, checkpoint_folder, checkpoint_steps, is_run_folder, read_run
 from rl.run_folder.remote_steps import local_source
 from rl.run_folder.trust import TO_SAMPLE
@@ -66,7 +67,7 @@ class WeightSource:
 def resolve_model(
     model: str | os.PathLike,
     overrides: Sequence[str],
-    step: int | None = None,
+    step: Step | None = None,
     adapter: str | None = None,
     alone: bool = True,
     trust: bool = False,
@@ -78,7 +79,7 @@ def resolve_model(
 
     Args:
       model: a run folder, a YAML recipe, a Hugging Face folder or a hub id.
-      step: the step of a run's checkpoint; None: the newest.
+      step: the step of a run's checkpoint, or "best"; None: the newest.
       adapter: folder of an adapter in PEFT's format, to put beside the weights of model.source.
       alone: whether the command runs in one process, which runs code of the model but no rewards.
       trust: see `rl.run_folder.folder.check_trust`.
@@ -95,7 +96,9 @@ def resolve_model(
     return source
 
 
-def _resolve(model: str | os.PathLike, overrides: Sequence[str], step: int | None, adapter: str | None) -> WeightSource:
+def _resolve(
+    model: str | os.PathLike, overrides: Sequence[str], step: Step | None, adapter: str | None
+) -> WeightSource:
     check_possible_path("MODEL", str(model))
     if str(model).endswith((".yml", ".yaml")):
         check_path(str(model), "a recipe", may_be_remote=False)
@@ -112,9 +115,10 @@ def _resolve(model: str | os.PathLike, overrides: Sequence[str], step: int | Non
             raise ValueError(
                 f"run folder {str(model)!r} must hold a checkpoint, and it has none; let it reach checkpoint.every"
             )
-        if step is not None and step not in steps:
-            raise ValueError(f"--step must be one of the checkpoints of {str(model)!r}, {steps}, got {step}")
-        return WeightSource(config, path, step)
+        number = chosen_step(path, step)
+        if number is not None and number not in steps:
+            raise ValueError(f"--step must be one of the checkpoints of {str(model)!r}, {steps}, got {number}")
+        return WeightSource(config, path, number)
     if step is not None:
         raise ValueError(f"--step needs a run folder, got {str(model)!r}")
     if adapter is not None:
@@ -138,7 +142,7 @@ def resolve_for(
     model: str | os.PathLike,
     recipe: str | os.PathLike,
     overrides: Sequence[str],
-    step: int | None = None,
+    step: Step | None = None,
     adapter: str | None = None,
 ) -> tuple[WeightSource, Config]:
     """The weights of MODEL, and a recipe that is to be done with them. Loads nothing, and leaves the checks of code to

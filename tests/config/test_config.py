@@ -218,6 +218,9 @@ def override(key, value):
         return f"data.sources=[{{source: a, {key.rpartition('.')[2]}: {value}}}]"
     if key.startswith("optimizer.lr_groups.*."):
         return f"optimizer.lr_groups=[{{pattern: '*', {key.rpartition('.')[2]}: {value}}}]"
+    if key.startswith("eval.sets.*."):
+        name = key.removeprefix("eval.sets.*.")
+        return f"eval.sets={{fsdp: {{{name.removesuffix('.*')}: {f'[{value}]' if '*' in name else value}}}}}"
     if key in ("sampling.forbidden_ids.*", "sampling.eos_ids.*", "data.curriculum.band.*"):
         return f"{key.removesuffix('.*')}=[{value}]"
     if key.endswith(".*"):

@@ -12,7 +12,7 @@ from rl.data.prompts import load_prompts
 from rl.data.tokenizer import load_tokenizer
 from rl.grpo_trainer import train
 from rl.models.files.hf_config import read_config
-from rl.rollout.evaluation import wilson_interval
+from rl.rollout.eval_statistics import wilson_interval
 from rl.run.announce import warn_about_prompts, warn_about_sampling
 from rl.run.console import Console
 from rl.run.metrics import read_metrics, read_samples

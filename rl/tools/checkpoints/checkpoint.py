@@ -23,6 +23,7 @@ from rl.files.output_file import check_writable
 from rl.files.stores import check_path
 from rl.models.files.folders import write_json
 from rl.models.files.maxtext import ROPES, layout_of
+from rl.run_folder.contents import Step, chosen_step
 from rl.run_folder.folder import changed_config, check_code, checkpoint_steps, is_run_folder, read_run
 from rl.run_folder.remote_steps import local_source
 from rl.run_folder.trust import MODEL
@@ -41,6 +42,7 @@ from rl.state.checkpoint_files import (
 from rl.state.origin import find_origin, tokenizer_from_config
 from rl.tools.checkpoints.checkpoint_bench import bench, report, to_json
 from rl.tools.checkpoints.convert import convert_maxtext, missing_record_keys, upgrade_run
+from rl.tools.step_option import step_option
 from rl.tools.trained import training_setup
 
 _MAX_NAMED = 5  # arrays named for one problem
@@ -70,7 +72,7 @@ class Verification(NamedTuple):
     problems: list[str]
 
 
-def find(path: str | pathlib.Path, step: int | None = None) -> Found:
+def find(path: str | pathlib.Path, step: Step | None = None) -> Found:
     """The checkpoint of a run folder (at `step`; None: the newest), or in its own folder.
 
     Raises:
@@ -78,7 +80,7 @@ def find(path: str | pathlib.Path, step: int | None = None) -> Found:
     """
     path = local_source(path, step)
     if is_run_folder(path):
-        steps = checkpoint_steps(path)
+        steps, step = checkpoint_steps(path), chosen_step(path, step)
         wanted = steps[-1] if step is None and steps else step
         if wanted not in steps:
             raise ValueError(f"run folder {str(path)!r} must hold checkpoint {wanted}, got steps {steps}")
@@ -305,7 +307,9 @@ def _parser(name: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=f"grpo checkpoint {name}")
     if name in ("inspect", "verify"):
         parser.add_argument("checkpoint", help="run folder, or a folder that Orbax wrote")
-        parser.add_argument("--step", type=int, default=None, help="checkpoint of a run; the newest when left out")
+        parser.add_argument(
+            "--step", type=step_option, default=None, help="checkpoint of a run, or best; the newest when left out"
+        )
     if name == "verify":
         parser.add_argument("--write", default=None, help="JSON file for the content hashes")
         parser.add_argument("--against", default=None, help="JSON file of content hashes to compare with")

@@ -15,17 +15,19 @@ from collections.abc import Sequence
 
 from rl.models.files.lora_remainder import REMAINDER_FILE
 from rl.models.files.peft import save_adapter
+from rl.run_folder.contents import Step, chosen_step
 from rl.run_folder.folder import check_trust, read_run
 from rl.run_folder.remote_steps import local_source
 from rl.run_folder.trust import MODEL
 from rl.state.export import FORMATS, write_folder
+from rl.tools.step_option import step_option
 from rl.tools.trained import load_checkpoint
 
 
 def export(
     run: str | pathlib.Path,
     out: str | pathlib.Path,
-    step: int | None = None,
+    step: Step | None = None,
     dtype: str | None = None,
     kind: str = "huggingface",
     keep_remainder: bool = True,
@@ -44,6 +46,7 @@ def export(
       ValueError: `run` is no run folder, there is no such checkpoint, or `out` holds something.
     """
     folder = local_source(run, step)
+    step = chosen_step(folder, step)
     config, _ = read_run(folder)
     check_trust(folder, config, (), (MODEL,), trust)
     trained = load_checkpoint(config, folder, step)
@@ -54,7 +57,7 @@ def export(
 
 
 def export_adapter(
-    run: str | pathlib.Path, out: str | pathlib.Path, step: int | None = None, trust: bool = False
+    run: str | pathlib.Path, out: str | pathlib.Path, step: Step | None = None, trust: bool = False
 ) -> int:
     """Writes the adapter of checkpoint `step` (None: the newest) as a folder that peft opens. Returns the step.
 
@@ -66,6 +69,7 @@ def export_adapter(
         something.
     """
     folder = local_source(run, step)
+    step = chosen_step(folder, step)
     config, _ = read_run(folder)
     if not config.lora.rank and config.lora.adapter is None:
         raise ValueError(f"--adapter needs a run that trained adapters (lora.rank), got {str(run)!r} with lora.rank 0")
@@ -77,11 +81,13 @@ def export_adapter(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """`grpo export RUN OUT [--step N] [--format FORMAT] [--dtype DTYPE] [--no-remainder] [--adapter]`."""
+    """`grpo export RUN OUT [--step N|best] [--format FORMAT] [--dtype DTYPE] [--no-remainder] [--adapter]`."""
     parser = argparse.ArgumentParser(prog="grpo export", description=__doc__)
     parser.add_argument("run", help="run folder")
     parser.add_argument("out", help="folder to write")
-    parser.add_argument("--step", type=int, default=None, help="checkpoint to export; the newest when left out")
+    parser.add_argument(
+        "--step", type=step_option, default=None, help="checkpoint to export, or best; the newest when left out"
+    )
     parser.add_argument("--format", choices=tuple(FORMATS), default=None, help="huggingface when left out")
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), default=None, help="the checkpoint's own when left out"

@@ -30,6 +30,7 @@ from rl.models.flavours import policy_from_config
 from rl.models.lora import join, split, unmerge
 from rl.run.checks import check_recipe
 from rl.run.progress import Progress, run_identity
+from rl.run_folder.contents import Step
 from rl.run_folder.folder import RunFolder, check_trust, is_run_folder
 from rl.run_folder.remote_steps import local_source
 from rl.sampler.create import checked_sampling
@@ -39,6 +40,7 @@ from rl.state.optimizer import create_training_optimizer
 from rl.state.origin import find_origin, tokenizer_from_config
 from rl.state.states import InitStateFn, frozen_base, setup_training_state
 from rl.tools.checkpoints.export import export_adapter
+from rl.tools.step_option import step_option
 from rl.tools.trained import TrainedPolicy, load_start, resolve_model
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -92,7 +94,7 @@ def unmerge_from(
     return trained
 
 
-def inspect(source: str, step: int | None = None, trust: bool = False) -> dict[str, Any]:
+def inspect(source: str, step: Step | None = None, trust: bool = False) -> dict[str, Any]:
     """The settings of an adapter, its number of parameters and, for each matrix, the Frobenius norms of A, B and scale
     A B.
 
@@ -192,7 +194,7 @@ def _run_config(adapter: str, run: str, recipe: str, overrides: Sequence[str], t
 
 
 @contextlib.contextmanager
-def _as_peft(source: str, step: int | None, trust: bool) -> Iterator[pathlib.Path]:
+def _as_peft(source: str, step: Step | None, trust: bool) -> Iterator[pathlib.Path]:
     """A folder in PEFT's format: `source` itself, or a temporary one with the adapter of a run."""
     path = local_source(source, step)
     if not is_run_folder(path):
@@ -231,7 +233,7 @@ def _main_extract(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="grpo lora extract")
     parser.add_argument("run", help="run folder that trained adapters")
     parser.add_argument("out", help="PEFT folder to write")
-    parser.add_argument("--step", type=int, default=None, help="checkpoint; the newest when left out")
+    parser.add_argument("--step", type=step_option, default=None, help="checkpoint, or best; the newest when left out")
     _add_trust(parser)
     arguments = parser.parse_args(argv)
     step = export_adapter(arguments.run, arguments.out, arguments.step, arguments.trust)
@@ -263,7 +265,9 @@ def _main_sum(name: str, function: Callable[..., TrainedPolicy], argv: Sequence[
 def _main_inspect(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="grpo lora inspect")
     parser.add_argument("source", help="PEFT folder, or run that trained adapters")
-    parser.add_argument("--step", type=int, default=None, help="of a run's checkpoint; the newest when left out")
+    parser.add_argument(
+        "--step", type=step_option, default=None, help="of a run's checkpoint, or best; the newest when left out"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     _add_trust(parser)
     arguments = parser.parse_args(argv)

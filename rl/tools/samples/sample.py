@@ -38,6 +38,7 @@ from rl.tools.samples.completion_file import META_SUFFIX, CompletionFile
 from rl.tools.samples.replay import compare, draw_again
 from rl.tools.samples.replay_episode import play_again
 from rl.tools.samples.sample_prompts import SampleRow, read_prompts, to_sample_rows
+from rl.tools.step_option import step_option
 from rl.tools.trained import WeightSource, load_source, resolve_model, with_step
 
 REFRESH_SECONDS = 0.1  # between two looks of the progress bar
@@ -389,7 +390,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, str, list[str]]:
     parser.add_argument("--prompt", action="append", metavar="TEXT", help="one prompt; may be given several times")
     parser.add_argument("--output", metavar="FILE", help="JSON lines to write; with --prompt stdout when left out")
     parser.add_argument("--overwrite", action="store_true", help="start the output file again, whatever it holds")
-    parser.add_argument("--step", type=int, help="the checkpoint of a run; the newest when left out")
+    parser.add_argument("--step", type=step_option, help="the checkpoint of a run, or best; the newest when left out")
     parser.add_argument("--adapter", metavar="FOLDER", help="an adapter in PEFT's format beside MODEL's weights")
     parser.add_argument("--n", type=int, default=1, help="completions of each prompt that does not say")
     parser.add_argument("--seed", type=int, help="of the draws; the configuration's seed when left out")

@@ -1,0 +1,305 @@
+"""Named sets: the same samples however they are drawn, numbers that follow from the records, and what is refused."""
+
+import dataclasses
+import itertools
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+
+from rewards.logged import CallLog
+from rl.cli import main
+from rl.config.load import load_config
+from rl.config.sections import EvalSet
+from rl.grpo_trainer import train
+from rl.rollout.eval_scores import SetScores
+from rl.rollout.eval_statistics import (
+    maj_at_k,
+    majority,
+    mcnemar,
+    mean_interval,
+    pass_at_k,
+    wilson_interval,
+)
+from rl.run.metrics import read_metrics
+from rl.run_folder.contents import best_step, checkpoint_steps
+from rl.tools.evaluate import evaluate_source
+from tests.helpers.places import REWARDS, ROOT
+
+RECIPE = f"""
+model:
+  arch:
+    {{family: qwen2, hidden_size: 16, intermediate_size: 32, num_layers: 1,
+     num_heads: 2, num_kv_heads: 1, head_dim: 8}}
+data: {{source: arithmetic, args: {{operation: add, digits: 1}}, eval_size: 5, max_prompt_length: 8}}
+rewards:
+  functions:
+    - {{function: "{REWARDS}:digit_share", name: digits}}
+    - {{function: "rewards.number:exact_number_flexible", name: flexible, weight: 0.0}}
+    - {{function: "rewards.number:exact_number_strict", name: strict, weight: 0.0}}
+sampling: {{max_completion_length: 3, slots: 8, logit_bias: {{51: 12, 52: 12, 53: 12, 123: 13, 1: 11}}}}
+grpo: {{steps: 3, prompts_per_step: 2, group_size: 2, max_tokens_per_microbatch: 64}}
+optimizer: {{lr: 0.04}}
+eval:
+  every: 1
+  keep_samples: 2
+  resamples: 200
+  sets:
+    drawn:
+      {{source: arithmetic, args: {{operation: subtract, digits: 1}}, max_prompts: 7, samples: 4, ks: [1, 2, 4],
+       reward: flexible, category: operation, prepare: "PREPARE"}}
+    greedy: {{reward: strict}}
+checkpoint: {{every: 10, keep: 1, best: {{metric: eval/drawn/reward/digits/mean}}}}
+mesh: {{num_devices: 1}}
+"""
+PREPARE = """
+def with_operation(row):
+    return {**row, "operation": "negative" if row["answer"].startswith("-") else "positive"}
+"""
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sets")
+    (folder / "prepare.py").write_text(PREPARE)
+    path = folder / "recipe.yml"
+    path.write_text(RECIPE.replace("PREPARE", f"{folder / 'prepare.py'}:with_operation"))
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(recipe):
+    return train(load_config(recipe, [f"output_dir={recipe.parent / 'run'}"]))
+
+
+def lines_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def evaluated(run):
+    """The result of the run's newest checkpoint, and the records of its samples."""
+    output = run.parent / "evaluated.jsonl"
+    return evaluate_source(run, output=str(output))[0], lines_of(output)
+
+
+def test_numbers_of_a_set_follow_from_its_records(evaluated):
+    result, records = evaluated
+    drawn = [record for record in records if record.get("set") == "drawn"]
+    assert [(record["prompt_index"], record["sample_index"]) for record in drawn] == [
+        *itertools.product(range(7), range(4))
+    ]
+    scores, groups = result.sets["drawn"].scores, [drawn[i : i + 4] for i in range(0, 28, 4)]
+    rights = [[record["rewards"]["flexible"] == 1 for record in group] for group in groups]
+    shares = [sum(group) / 4 for group in rights]
+    assert 0 < np.mean(shares) < 1
+    main_scores = scores.main
+    assert main_scores["avg_at_4"].value == main_scores["pass_at_1"].value == pytest.approx(np.mean(shares))
+    assert main_scores["pass_at_4"].value == np.mean([any(group) for group in rights])
+    pairs = [np.mean([any(pair) for pair in itertools.combinations(group, 2)]) for group in rights]
+    assert main_scores["pass_at_2"].value == pytest.approx(np.mean(pairs))
+    assert main_scores["avg_at_4"][1:3] == mean_interval(shares, 200)
+    answers = [[record["logged"]["flexible"]["extracted"] for record in group] for group in groups]
+    assert max(len({*group}) for group in answers) > 1
+    voted = [majority(group) for group in answers]
+    right = [place is not None and rights[q][place] for q, place in enumerate(voted)]
+    assert main_scores["maj_at_4"].value == np.mean(right)
+    assert main_scores["maj_at_4"][1:3] == wilson_interval(sum(right), 7)
+    # Strict and flexible scores side by side, and categories that add up to the whole.
+    metrics = result.sets["drawn"].metrics()
+    for name in ("flexible", "strict"):
+        own = np.mean([record["rewards"][name] >= 1 for record in drawn])
+        assert metrics[f"eval/drawn/reward/{name}/avg_at_4"] == pytest.approx(own)
+    counts = {name: own["avg_at_4"].count for name, own in scores.categories.items()}
+    assert sum(counts.values()) == 7
+    assert len(counts) == 2
+    total = sum(metrics[f"eval/drawn/category/{name}/avg_at_4"] * count for name, count in counts.items())
+    assert total / 7 == pytest.approx(main_scores["avg_at_4"].value)
+    greedy = [record for record in records if record.get("set") == "greedy"]
+    assert [record["completion"] for record in greedy] == [r["completion"] for r in records if "set" not in r]
+
+
+def test_an_evaluation_during_the_run_is_that_of_the_command_and_keeps_its_samples(run, evaluated):
+    result, records = evaluated
+    assert sorted(path.name for path in (run / "evaluations").iterdir()) == ["2.jsonl", "3.jsonl"]
+    of_run = lines_of(run / "evaluations" / "3.jsonl")
+    assert {record.pop("step") for record in of_run} == {3}
+    assert of_run == records
+    last = read_metrics(run)[-1]
+    for name, value in result.sets["drawn"].metrics().items():
+        assert last[name] == pytest.approx(value), name
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["eval.block_size=6", "sampling.slots=3", "mesh={num_devices: 2, data: 2, fsdp: 1}"],
+        pytest.param(["pure_nnx=false"], marks=pytest.mark.long),
+        pytest.param(["mesh={num_devices: 4, data: 1, fsdp: 2, tensor: 2}"], marks=pytest.mark.long),
+        pytest.param(["mesh={num_devices: 8, data: 2, fsdp: 4}", "eval.block_size=1"], marks=pytest.mark.long),
+    ],
+)
+def test_samples_are_the_same_for_any_block_slots_and_devices(run, evaluated, overrides):
+    output = run.parent / "again.jsonl"
+    evaluate_source(run, overrides, output=str(output))
+    assert lines_of(output) == evaluated[1]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("flavour", ["true", "false"])
+def test_samples_in_float64_are_the_same_for_any_block_slots_and_devices(run, flavour):
+    outputs = [run.parent / f"double_{number}.jsonl" for number in range(2)]
+    double = ["model.dtype=float64", f"pure_nnx={flavour}"]
+    evaluate_source(run, double, output=str(outputs[0]))
+    other = ["eval.block_size=6", "sampling.slots=3", "mesh={num_devices: 4, data: 2, fsdp: 2}"]
+    evaluate_source(run, [*double, *other], output=str(outputs[1]))
+    assert lines_of(outputs[0]) == lines_of(outputs[1])
+
+
+def test_the_best_checkpoint_stays_beside_the_newest_and_can_be_named(run, tmp_path, capsys):
+    values = {line["step"]: line["eval/drawn/reward/digits/mean"] for line in read_metrics(run)}
+    best = max((1, 2, 3), key=lambda step: (values[step], -step))
+    assert best_step(run) == best
+    assert checkpoint_steps(run) == sorted({best, 3})
+    overrides = ["checkpoint.best={metric: eval/drawn/reward/digits/mean, mode: min}"]
+    worst = train(load_config(run / "config.yml", [f"output_dir={tmp_path / 'run'}", *overrides]))
+    lowest = min((1, 2, 3), key=lambda step: (values[step], step))
+    assert (best_step(worst), checkpoint_steps(worst)) == (lowest, sorted({lowest, 3}))
+    assert len({values[1], values[2], values[3]}) > 1
+    for path, step in ((run, best), (worst, lowest)):
+        main(["eval", str(path), "--step", "best", "eval.sets={}", "data.eval_size=5"])
+        assert f"step {step}: accuracy" in capsys.readouterr().out
+    main(["export", str(worst), str(tmp_path / "exported"), "--step", "best"])
+    assert f"exported step {lowest}" in capsys.readouterr().out
+
+
+def test_a_run_stops_when_evaluations_get_no_better_and_a_cut_one_stops_at_the_same_step(run, tmp_path, capsys):
+    # No completion is longer than the first ones, so nothing is ever better.
+    follow = ["checkpoint.best={metric: eval/prompts}", "eval.patience=2", "eval.sets={}", "grpo.steps=9"]
+    whole = train(load_config(run.parent / "recipe.yml", [f"output_dir={tmp_path / 'whole'}", *follow]))
+    said = " ".join(capsys.readouterr().out.split())
+    assert "stopped early after step 3 of 9: eval/prompts was best after step 1, at 5" in said
+    assert "the same command goes on" not in said.split("stopped early")[1].split("A larger")[0]
+    assert (best_step(whole), checkpoint_steps(whole)) == (1, [1, 3])
+    cut = [*follow, f"output_dir={tmp_path / 'cut'}", "checkpoint.every=1"]
+    train(load_config(run.parent / "recipe.yml", [*cut, "grpo.steps=2"]))
+    resumed = train(load_config(run.parent / "recipe.yml", cut))
+    assert checkpoint_steps(resumed) == [1, 3]
+    capsys.readouterr()
+    train(load_config(run.parent / "recipe.yml", cut))
+    assert "stopped early after step 3 of 9" in capsys.readouterr().out
+    assert [line["step"] for line in read_metrics(resumed)] == [0, 1, 2, 3]
+    for left, right in zip(read_metrics(whole), read_metrics(resumed), strict=True):
+        assert left["eval/reward/digits/mean"] == right["eval/reward/digits/mean"]
+        assert left.get("loss") == right.get("loss")
+    train(load_config(run.parent / "recipe.yml", [*cut, "eval.patience=3"]))
+    assert checkpoint_steps(resumed) == [1, 4]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["checkpoint.best.metric=loss"], "checkpoint.best.metric must be a metric of an evaluation"),
+        (["checkpoint.best.metric=eval/drawn/pass_at_3"], "must be a measure of eval.sets.drawn, avg_at_4, pass_at_1"),
+        (["checkpoint.best.metric=eval/nothing"], "must be a metric of the evaluations, got 'eval/nothing'; they have"),
+        (["eval.patience=1", "checkpoint.best.metric=null"], "checkpoint.best.metric must be set with eval.patience"),
+        (["eval.every=0"], "eval.every must be > 0 with checkpoint.best.metric"),
+        (["eval.sets.drawn.temperature=0"], "temperature must be > 0 with samples 4"),
+        (["eval.sets.drawn.ks=[5]"], "ks must name numbers from 1 to samples"),
+        (["eval.sets.drawn.samples=0"], "eval.sets.drawn.samples must be >= 1"),
+        (["eval.sets.drawn.sample=3"], "unknown config key 'eval.sets.drawn.sample'; an entry of eval.sets has"),
+        (["eval.sets.drawn.reward=other"], "eval.sets.drawn.reward must name one of"),
+        (["eval.sets.drawn.functions=[other]"], "eval.sets.drawn.functions must name some of rewards.functions"),
+        (["eval.sets.greedy.columns={prompt: q}"], "eval.sets.greedy.source must be set with args, columns"),
+        (["eval.sets.reward={source: arithmetic}"], "eval.sets must have names of letters"),
+        (["eval.sets.drawn.category=level"], "eval.sets.drawn.category must name a column that every row has"),
+        (["eval.sets.drawn.source=missing.jsonl"], "missing.jsonl"),
+        (["data.eval_size=0"], "eval.sets.greedy.source must be set where no rows are held out"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_refused_before_a_step(recipe, tmp_path, overrides, message):
+    with pytest.raises(ValueError) as caught:  # noqa: PT011
+        train(load_config(recipe, [f"output_dir={tmp_path / 'run'}", *overrides]))
+    assert message in str(caught.value)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_two_models_are_compared_question_by_question_by_models_and_by_files(run, tmp_path, capsys):
+    output = tmp_path / "flips.jsonl"
+    first = ["eval", str(run), "--step", "best", "--against", str(run.parent / "recipe.yml"), "--output", str(output)]
+    main([*first, "eval.sets.greedy.reward=flexible", "eval.max_prompts=5"])
+    by_models = capsys.readouterr().out
+    files = [tmp_path / f"flips.{side}.jsonl" for side in "ab"]
+    records = [lines_of(path) for path in files]
+    assert "drawn: A against B, 4 samples each" in by_models
+    for name in ("avg@4", "pass@1", "pass@2", "pass@4", "maj@2", "maj@4"):
+        assert f"flexible: {name} " in by_models
+    flips = lines_of(output)
+    assert {flip["right"] for flip in flips} <= {"a", "b"}
+    sides = [[r for r in own if r.get("set") == "greedy"] for own in records]
+    pairs = [(a["rewards"]["flexible"], b["rewards"]["flexible"]) for a, b in zip(*sides, strict=True)]
+    better, worse = sum(a > b for a, b in pairs), sum(a < b for a, b in pairs)
+    own = [flip for flip in flips if (flip["set"], flip["function"]) == ("greedy", "flexible")]
+    assert [flip["right"] for flip in own].count("a") == better
+    assert len(own) == better + worse
+    said = [line for line in by_models.splitlines() if "flexible: accuracy" in line and "McNemar" in line]
+    assert f"better on {better}, worse on {worse}, McNemar p = {mcnemar(better, worse):.3g}" in said[-1]
+    main(["eval", str(files[0]), "--against", str(files[1])])
+    by_files = capsys.readouterr().out
+    shown = [line for line in by_models.splitlines() if "flexible: maj@4" in line and "against" in line]
+    assert shown
+    assert shown[0] in by_files
+    files[1].write_text("".join(files[1].read_text().splitlines(keepends=True)[:-1]))
+    for content, message in (
+        (None, "b.jsonl ends before prompt 4 of greedy"),
+        ('{"prompt": 1}\n', "line 1 must be a sample"),
+    ):
+        if content is not None:
+            files[1].write_text(content)
+        assert main(["eval", str(files[0]), "--against", str(files[1])])
+        assert message in capsys.readouterr().err
+
+
+def test_statistics_agree_with_counting_and_with_scipy():
+    for n, k in ((5, 1), (5, 3), (4, 4)):
+        for c in range(n + 1):
+            drawn = [any(pick) for pick in itertools.combinations([True] * c + [False] * (n - c), k)]
+            assert pass_at_k(n, c, k) == pytest.approx(np.mean(drawn))
+    assert pass_at_k(3, 1, 4) is None
+    assert pass_at_k(200, 3, 100) == pytest.approx(1 - math.prod(1 - 100 / i for i in range(198, 201)))
+    assert majority(["2", "1", None, "1", "2"]) == 0  # equally frequent: the one that was given first
+    assert majority([None, "3", "4", "4"]) == 2
+    assert majority([None]) is None
+    assert maj_at_k(["1", "1", "2", "2", "2"], [True, True, False, False, False], 5) == 0
+    assert maj_at_k(["1", "1", "2", "2", "2"], [True, True, False, False, False], 2) == 0.5  # the fifth is in no block
+    assert maj_at_k(["9", "1", "9"], [None, True, None], 3) == 1  # what was not judged has no vote
+    assert mcnemar(0, 0) == 1
+    assert mcnemar(1, 9) == pytest.approx(2 * 11 / 2**10)
+    values = np.random.default_rng(0).normal(2, 1, 400)
+    low, high = mean_interval(values, 2000)
+    wanted = values.std() / 20 * 1.96
+    assert (low, high) == pytest.approx((values.mean() - wanted, values.mean() + wanted), abs=0.012)
+    assert mean_interval(values, 2000) == (low, high)
+
+
+def test_every_block_of_the_evaluation_page_is_a_file_that_works(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "docs" / "evaluation.md").read_text()
+    blocks = re.findall(r"^```(\w+) (\S+)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    assert len(blocks) == text.count("```") // 2
+    for _, name, body in blocks:
+        (tmp_path / name).write_text(body)
+    config = load_config("evaluated.yml", ["output_dir=run"])
+    train(config, check_only=True)
+    page, keys = {*re.findall(r"`(\w+)`", text)}, {field.name for field in dataclasses.fields(EvalSet)}
+    assert keys <= page
+    assert SetScores(["flexible"], "flexible", 8, config.eval.sets["minus_drawn"].counted_ks, 100).main.keys() == {
+        *("avg_at_8", "pass_at_1", "pass_at_4", "pass_at_8")
+    }
+    code: dict = {}
+    exec((tmp_path / "last_word.py").read_text(), code)
+    log = CallLog(2)
+    assert code["last_word"]([], ["it is 7", ""], ["7", "7"], log.log_extra) == [1.0, 0.0]
+    assert [log.of_sample(place) for place in range(2)] == [{"extracted": "7"}, {"extracted": None}]
