@@ -40,7 +40,8 @@ class AttentionKernel:
     """A back end.
 
     Attributes:
-      attend: (q [B, T, N, H], k and v [B, S, K, H], mask [B, T, S], scale) -> [B, T, N, H].
+      attend: (q [B, T, N, H], k and v [B, S, K, H], mask [B, T, S], scale) -> [B, T, N, H]; for a model with a soft cap
+        of scores, the cap is one more argument.
       skips_blocks: whether positions that no query sees cost nothing.
       block: positions of a block, where the back end is `block_attention`.
       reason: why "auto" did not take the best kernel of the platform; empty where it did.
@@ -143,7 +144,7 @@ def _make_splash(place: Place) -> AttentionKernel:
     config, mesh, rules, interpret = place
     # Query heads and the kv heads that they read must lie on the same device.
     heads = partition_spec(("heads",), (config.num_heads,), mesh, rules)[0]
-    kv_heads = partition_spec(("kv_heads",), (config.num_kv_heads,), mesh, rules)[0]
+    kv_heads = partition_spec(("kv_heads",), (config.common_kv_heads,), mesh, rules)[0]
     rows = row_axes(mesh, rules)
     return AttentionKernel("splash", SplashAttention(mesh, rows or None, heads, heads != kv_heads, interpret))
 
@@ -159,8 +160,11 @@ def _cudnn_problem(place: Place) -> str | None:
     if config.dtype not in _HALF_TYPES:
         return f"needs model.dtype {' or '.join(_HALF_TYPES)}, got {config.dtype}"
     largest = _HOPPER_HEAD_DIM if capability[0] == _HOPPER else _CUDNN_HEAD_DIM
-    if config.head_dim > largest or config.head_dim % 8:
-        return f"needs heads of at most {largest} on {kind} and a multiple of 8, got head_dim {config.head_dim}"
+    for head_dim in {config.head_dim, config.global_head_dim or config.head_dim}:
+        if head_dim > largest or head_dim % 8:
+            return f"needs heads of at most {largest} on {kind} and a multiple of 8, got head_dim {head_dim}"
+    if config.attention_softcap is not None:
+        return f"needs scores without a soft cap, got one of {config.attention_softcap:g} in {config.family}"
     return None
 
 
@@ -216,7 +220,13 @@ class SplashAttention:
     interpret: bool
 
     def __call__(
-        self, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: jax.Array, scale: float
+        self,
+        q_BTNH: jax.Array,
+        k_BSKH: jax.Array,
+        v_BSKH: jax.Array,
+        mask_BTS: jax.Array,
+        scale: float,
+        softcap: float | None = None,
     ) -> jax.Array:
         """See `AttentionKernel`."""
         if self.repeat_kv:
@@ -224,7 +234,7 @@ class SplashAttention:
             k_BSKH, v_BSKH = jnp.repeat(k_BSKH, copies, axis=2), jnp.repeat(v_BSKH, copies, axis=2)
         by_head, by_row = PartitionSpec(self.rows, None, self.heads, None), PartitionSpec(self.rows)
         attend = jax.shard_map(
-            self._attend_rows,
+            functools.partial(self._attend_rows, softcap),
             mesh=self.mesh,
             in_specs=(by_head, by_head, by_head, by_row),
             out_specs=by_head,
@@ -233,7 +243,14 @@ class SplashAttention:
         # The kernel knows no scale.
         return _padded(attend, q_BTNH * jnp.asarray(scale, q_BTNH.dtype), k_BSKH, v_BSKH, mask_BTS, multiple=_LANES)
 
-    def _attend_rows(self, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: jax.Array) -> jax.Array:
+    def _attend_rows(
+        self,
+        softcap: float | None,
+        q_BTNH: jax.Array,
+        k_BSKH: jax.Array,
+        v_BSKH: jax.Array,
+        mask_BTS: jax.Array,
+    ) -> jax.Array:
         from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 
         length = q_BTNH.shape[1]
@@ -253,7 +270,12 @@ class SplashAttention:
             q_TNH, k_SKH, v_SKH, mask_TS = inputs
             # One mask for all heads.
             kernel: Any = splash.make_splash_mha(
-                mask_TS[None], block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=self.interpret
+                mask_TS[None],
+                block_sizes=sizes,
+                head_shards=1,
+                q_seq_shards=1,
+                attn_logits_soft_cap=softcap,
+                interpret=self.interpret,
             )
             # It is traced here, and the kernel's own `if` cannot take a traced array.
             kernel.fwd_mask_info = kernel.fwd_mask_info._replace(is_dynamic_mask=True)

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rl.models.ops import attention, widen
+from rl.models.ops import attention, soft_cap, widen
 
 BLOCK = 64  # positions; 96 to 192 skip less and were slower on CPUs
 # On accelerators, where each round of a loop costs the start of its kernels (on a GPU also a wait for the host): a
@@ -42,18 +42,25 @@ class _Visible(NamedTuple):
 
 
 def block_attention(
-    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, mask_BTT: jax.Array, scale: float, block: int = BLOCK
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    mask_BTT: jax.Array,
+    scale: float,
+    softcap: float | None = None,
+    block: int = BLOCK,
 ) -> jax.Array:
     """`ops.attention` of packed rows [B, T, N, H], in which every query must see a key.
 
     Scores and sums are float32 or wider. A block is computed for all rows if a query of any row sees one of its keys.
 
     Args:
+      softcap: scores x become softcap tanh(x / softcap); None: they stay.
       block: positions of a block.
     """
     (num_rows, num_tokens, num_heads, head_dim), num_kv_heads = q_BTNH.shape, k_BTKH.shape[2]
     if num_tokens <= block:
-        return attention(q_BTNH, k_BTKH, v_BTKH, mask_BTT, scale)
+        return attention(q_BTNH, k_BTKH, v_BTKH, mask_BTT, scale, softcap)
     added = -num_tokens % block
     mask_BTT = jnp.pad(mask_BTT, ((0, 0), (0, added), (0, added)))
     num_blocks = (num_tokens + added) // block
@@ -68,19 +75,31 @@ def block_attention(
         x_BIPKJH = jnp.reshape(x_BTXH, (num_rows, num_blocks, block, num_kv_heads, -1, head_dim))
         return jnp.transpose(x_BIPKJH, (1, 0, 3, 2, 4, 5)).reshape(num_blocks, num_rows, num_kv_heads, -1, head_dim)
 
-    output_IBKMH: Any = _attend(blocks(q_BTNH), blocks(k_BTKH), blocks(v_BTKH), visible, scale)
+    output_IBKMH: Any = _attend(blocks(q_BTNH), blocks(k_BTKH), blocks(v_BTKH), visible, scale, softcap)
     output_IBKPJH = output_IBKMH.reshape(num_blocks, num_rows, num_kv_heads, block, -1, head_dim)
     output_BTNH = jnp.transpose(output_IBKPJH, (1, 0, 3, 2, 4, 5)).reshape(num_rows, -1, num_heads, head_dim)
     return output_BTNH[:, :num_tokens]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _attend(q_IBKMH: jax.Array, k_IBKSH: jax.Array, v_IBKSH: jax.Array, visible: _Visible, scale: float) -> jax.Array:
-    return _forward(q_IBKMH, k_IBKSH, v_IBKSH, visible, scale)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _attend(
+    q_IBKMH: jax.Array,
+    k_IBKSH: jax.Array,
+    v_IBKSH: jax.Array,
+    visible: _Visible,
+    scale: float,
+    softcap: float | None,
+) -> jax.Array:
+    return _forward(q_IBKMH, k_IBKSH, v_IBKSH, visible, scale, softcap)[0]
 
 
 def _forward(
-    q_IBKMH: jax.Array, k_IBKSH: jax.Array, v_IBKSH: jax.Array, visible: _Visible, scale: float
+    q_IBKMH: jax.Array,
+    k_IBKSH: jax.Array,
+    v_IBKSH: jax.Array,
+    visible: _Visible,
+    scale: float,
+    softcap: float | None,
 ) -> tuple[jax.Array, tuple]:
     wide = widen(q_IBKMH.dtype)
     sums_BKM1 = jax.ShapeDtypeStruct((*q_IBKMH.shape[1:4], 1), wide)
@@ -91,7 +110,7 @@ def _forward(
         def key_block(n: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             output_BKMH, total_BKM1, highest_BKM1 = carry
             j = visible.order_II[i, n]
-            scores_BKMS, mask_BKMS = _scores(q_BKMH, k_IBKSH[j], visible, i, j, scale)
+            scores_BKMS, mask_BKMS = _scores(q_BKMH, k_IBKSH[j], visible, i, j, scale, softcap)
             new_highest_BKM1 = jnp.maximum(highest_BKM1, jnp.max(scores_BKMS, axis=-1, keepdims=True))
             weights_BKMS = jnp.where(mask_BKMS, jnp.exp(scores_BKMS - new_highest_BKM1), 0)
             kept_BKM1 = jnp.exp(highest_BKM1 - new_highest_BKM1)
@@ -117,7 +136,9 @@ def _forward(
     return output_IBKMH, (q_IBKMH, k_IBKSH, v_IBKSH, visible, output_IBKMH, log_total_IBKM1)
 
 
-def _backward(scale: float, residuals: tuple, grad_IBKMH: jax.Array) -> tuple[jax.Array | None, ...]:
+def _backward(
+    scale: float, softcap: float | None, residuals: tuple, grad_IBKMH: jax.Array
+) -> tuple[jax.Array | None, ...]:
     q_IBKMH, k_IBKSH, v_IBKSH, visible, output_IBKMH, log_total_IBKM1 = residuals
     dtype, wide = q_IBKMH.dtype, log_total_IBKM1.dtype
     drift_IBKM1 = jnp.sum(grad_IBKMH.astype(wide) * output_IBKMH.astype(wide), axis=-1, keepdims=True)
@@ -128,10 +149,13 @@ def _backward(scale: float, residuals: tuple, grad_IBKMH: jax.Array) -> tuple[ja
         def key_block(n: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             grad_q_BKMH, grad_k_IBKSH, grad_v_IBKSH = carry
             j = visible.order_II[i, n]
-            scores_BKMS, mask_BKMS = _scores(q_BKMH, k_IBKSH[j], visible, i, j, scale)
+            scores_BKMS, mask_BKMS = _scores(q_BKMH, k_IBKSH[j], visible, i, j, scale, softcap)
             weights_BKMS = jnp.where(mask_BKMS, jnp.exp(scores_BKMS - log_total_IBKM1[i]), 0)
             slopes_BKMS = _product("BKMH,BKSH->BKMS", grad_BKMH, v_IBKSH[j])
-            slopes_BKMS = (weights_BKMS * (slopes_BKMS - drift_IBKM1[i]) * scale).astype(dtype)
+            slopes_BKMS = weights_BKMS * (slopes_BKMS - drift_IBKM1[i]) * scale
+            if softcap is not None:  # d cap tanh(x / cap) / d x; masked scores have weight 0, and must stay finite
+                slopes_BKMS *= 1 - jnp.square(jnp.where(mask_BKMS, scores_BKMS, 0) / softcap)
+            slopes_BKMS = slopes_BKMS.astype(dtype)
             grad_q_BKMH += _product("BKMS,BKSH->BKMH", slopes_BKMS, k_IBKSH[j])
             grad_k_BKSH = _product("BKMS,BKMH->BKSH", slopes_BKMS, q_BKMH)
             grad_v_BKSH = _product("BKMS,BKMH->BKSH", weights_BKMS.astype(dtype), grad_BKMH)
@@ -158,7 +182,13 @@ _attend.defvjp(_forward, _backward)
 
 
 def _scores(
-    q_BKMH: jax.Array, k_BKSH: jax.Array, visible: _Visible, i: jax.Array, j: jax.Array, scale: float
+    q_BKMH: jax.Array,
+    k_BKSH: jax.Array,
+    visible: _Visible,
+    i: jax.Array,
+    j: jax.Array,
+    scale: float,
+    softcap: float | None,
 ) -> tuple[jax.Array, jax.Array]:
     """Scores [B, K, M, S] of a block of queries with a block of keys, and their mask. Where the mask is False, the
     score is the lowest number.
@@ -168,7 +198,7 @@ def _scores(
     mask_BKMS = jnp.broadcast_to(
         mask_BPS[:, None, :, None], (num_rows, num_kv_heads, block, num_queries // block, block)
     ).reshape(num_rows, num_kv_heads, num_queries, block)
-    scores_BKMS = _product("BKMH,BKSH->BKMS", q_BKMH, k_BKSH) * scale
+    scores_BKMS = soft_cap(_product("BKMH,BKSH->BKMS", q_BKMH, k_BKSH) * scale, softcap)
     return jnp.where(mask_BKMS, scores_BKMS, jnp.finfo(scores_BKMS.dtype).min), mask_BKMS
 
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from rl.models import ops
-from rl.models.config import ModelConfig
+from rl.models.config import LayerShape, ModelConfig
 from rl.models.inputs import PADDING_GROUP, Inputs
 
 INT8_MAX = 127.0
@@ -35,7 +35,9 @@ class LayerKV(NamedTuple):
 
 @struct.dataclass
 class CachePart:
-    """The layers, and int32 labels [R, S] of every position (group -1: empty)."""
+    """The layers that have keys and values (`cached_layers`), and int32 labels [R, S] of every position (group -1:
+    empty).
+    """
 
     layers: tuple[LayerKV, ...]
     positions: jax.Array
@@ -87,12 +89,12 @@ class LayerCache(NamedTuple):
 
 def empty_part(config: ModelConfig, num_rows: int, length: int, kv_dtype: str | None = None) -> CachePart:
     """A part without entries; keys and values in the compute dtype, or in `kv_dtype` "int8"."""
-    keys = (num_rows, config.num_kv_heads, config.head_dim, length)
-    values = (num_rows, config.num_kv_heads, length, config.head_dim)
-    scales = (num_rows, config.num_kv_heads, length)
     dtype = ops.dtype_of(config.dtype)
 
-    def layer() -> LayerKV:
+    def layer(shape: LayerShape) -> LayerKV:
+        keys = (num_rows, shape.num_kv_heads, shape.head_dim, length)
+        values = (num_rows, shape.num_kv_heads, length, shape.head_dim)
+        scales = (num_rows, shape.num_kv_heads, length)
         # One buffer for each leaf, because a donated cache must not share a buffer between leaves.
         if kv_dtype is None:
             return LayerKV(jnp.zeros(keys, dtype), jnp.zeros(values, dtype))
@@ -103,11 +105,17 @@ def empty_part(config: ModelConfig, num_rows: int, length: int, kv_dtype: str | 
         )
 
     return CachePart(
-        layers=tuple(layer() for _ in range(config.num_layers)),
+        layers=tuple(map(layer, cached_layers(config))),
         positions=jnp.zeros((num_rows, length), jnp.int32),
         group_ids=jnp.full((num_rows, length), PADDING_GROUP, jnp.int32),
         branch_ids=jnp.zeros((num_rows, length), jnp.int32),
     )
+
+
+def cached_layers(config: ModelConfig) -> list[LayerShape]:
+    """The layers that have keys and values of their own, and so a place in a cache, in order."""
+    shapes = map(config.layer_shape, range(config.num_layers))
+    return [shape for shape in shapes if shape.has_keys]
 
 
 def share_evenly(part: CachePart, num_rows: int, num_shards: int = 1, any_group: bool = False) -> SharedPart:
@@ -160,17 +168,19 @@ def cached_contexts(config: ModelConfig, inputs: Inputs, cache: KVCache) -> dict
             cos, sin = ops.layer_rope(config, positions_BT, layer_type)
         else:
             cos, sin = (table[positions_BT] for table in cache.rope[layer_type])
-        contexts[layer_type] = ops.LayerContext(cos, sin, own_mask, shared_masks)
+        factors_BT = ops.query_scale(config, positions_BT, layer_type)
+        contexts[layer_type] = ops.LayerContext(cos, sin, own_mask, shared_masks, query_scale_BT=factors_BT)
     return contexts
 
 
-def layer_caches(cache: KVCache) -> list[LayerCache]:
-    """The cache by layer."""
+def layer_caches(config: ModelConfig, cache: KVCache) -> list[LayerCache | None]:
+    """The cache by layer; None for layers that read the keys and values of another."""
     rows = tuple(shared.rows for shared in cache.shared)
-    return [
+    cached = iter(
         LayerCache(own, cache.cursors, tuple(shared.part.layers[i] for shared in cache.shared), rows)
         for i, own in enumerate(cache.own.layers)
-    ]
+    )
+    return [next(cached) if config.layer_shape(i).has_keys else None for i in range(config.num_layers)]
 
 
 def append(layer_cache: LayerCache, keys_BTKH: jax.Array, values_BTKH: jax.Array) -> LayerCache:
@@ -191,6 +201,36 @@ def append(layer_cache: LayerCache, keys_BTKH: jax.Array, values_BTKH: jax.Array
     return layer_cache._replace(own=new)
 
 
+def attend(
+    config: ModelConfig,
+    q_BTNH: jax.Array,
+    kv_BTKH: tuple[jax.Array, jax.Array] | None,
+    context: ops.LayerContext,
+    layer_cache: LayerCache | None,
+    is_read: bool = False,
+) -> tuple[jax.Array, Any]:
+    """Attention of one layer [B, T, N, H], over the tokens themselves or over a cache.
+
+    Args:
+      kv_BTKH: keys and values of the tokens; None: those of an earlier layer, `context.shared_kv`.
+      is_read: whether later layers read this layer's keys and values.
+
+    Returns:
+      The output, and what goes on from the layer: its cache with the new tokens; or, without a cache, keys and values
+      if later layers read them, else None.
+    """
+    scale, softcap = config.attention_scale, config.attention_softcap
+    if kv_BTKH is None:
+        source = context.shared_kv
+        if isinstance(source, LayerCache):
+            return ops.attention_over_parts(q_BTNH, attention_parts(source, context), scale, softcap), None
+        return ops.attend_tokens(q_BTNH, *source, context, config), None
+    if layer_cache is None:
+        return ops.attend_tokens(q_BTNH, *kv_BTKH, context, config), kv_BTKH if is_read else None
+    layer_cache = append(layer_cache, *kv_BTKH)
+    return ops.attention_over_parts(q_BTNH, attention_parts(layer_cache, context), scale, softcap), layer_cache
+
+
 def attention_parts(layer_cache: LayerCache, context: ops.LayerContext) -> list[ops.AttentionPart]:
     """The parts that a layer's queries attend to: the own part, then the shared ones."""
     parts = [_attention_part(layer_cache.own, context.mask_BTS, None)]
@@ -199,9 +239,9 @@ def attention_parts(layer_cache: LayerCache, context: ops.LayerContext) -> list[
     return parts
 
 
-def advance(cache: KVCache, layers: Sequence[LayerCache], num_tokens: int) -> KVCache:
+def advance(cache: KVCache, layers: Sequence[LayerCache | None], num_tokens: int) -> KVCache:
     """The cache with the layers' new keys and values, its cursors `num_tokens` further."""
-    own = dataclasses.replace(cache.own, layers=tuple(layer.own for layer in layers))
+    own = dataclasses.replace(cache.own, layers=tuple(layer.own for layer in layers if layer is not None))
     return dataclasses.replace(cache, own=own, cursors=cache.cursors + num_tokens)
 
 

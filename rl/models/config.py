@@ -13,14 +13,16 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar, NamedTuple
 
 from rl.files.json_file import briefly, shown
-from rl.models.families import FAMILIES, Family, families_with
+from rl.models.families import FAMILIES, OWN_ROPE, UNSCALED_ROPE, Family, families_with
 
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 REMAT_MODES = ("none", "dots", "outputs", "block", "full")
-ROPE_KINDS = ("none", "linear", "llama3")
+ROPE_KINDS = ("none", "linear", "llama3", "yarn", "longrope", "proportional")
 FULL_ATTENTION = "full_attention"
 SLIDING_ATTENTION = "sliding_attention"
+WITHOUT_ROTARY = "_without_rotary"  # added to the type of a layer that has no rotary positions
+LAYER_TYPES = tuple(name + end for end in ("", WITHOUT_ROTARY) for name in (FULL_ATTENTION, SLIDING_ATTENTION))
 QUANTIZED_DTYPES = ("int8", "int4", "float8_e4m3fn")
 ATTENTION_AND_MLP = r"^layers_\d+/(self_attn|mlp)/\w+_proj/kernel$"
 LARGEST_ID = 2**31 - 1
@@ -36,29 +38,86 @@ LARGEST = {
     "max_position_embeddings": LARGEST_ID,
 }
 LARGEST_MODEL = 10**13  # parameters
+LAYER_SCALAR = "layer_scalar"  # the name of a parameter, which is not trained
 LORA_A, LORA_B = "lora_a", "lora_b"  # names of an adapter's two matrices, beside the "kernel" that they belong to
 
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """How rotary frequencies are scaled: not at all, all by `factor` ("linear"), or by wavelength ("llama3")."""
+    """How rotary frequencies are scaled: not at all, all by `factor` ("linear"), by wavelength ("llama3", "yarn"), each
+    by a number of its own ("longrope"), or, of a share of the pairs, all by `factor` ("proportional").
+
+    `rl.models.ops.rope_frequencies` has the formulas. Where a table depends on the length of the run, `longest` is its
+    longest prompt with completion in tokens; None: the table for short ones.
+
+    Attributes:
+      attention_factor: factor on cos and sin of "yarn" and "longrope"; None: as `rope_factor` says.
+      beta_fast, beta_slow: turns over the original length, above and below which "yarn" keeps and scales a pair.
+      mscale, mscale_all_dim: numbers from which the factor of "yarn" is computed, where both are given.
+      truncate: whether the borders of "yarn" are rounded to whole pairs.
+      short_factor, long_factor: divisors of the frequencies of "longrope", one for each pair.
+      share: the share of the pairs that "proportional" rotates.
+      query_scale_beta: queries at position p are multiplied by 1 + beta log(1 + floor(p / original)); None: not at all.
+    """
 
     kind: str = "none"
     factor: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position_embeddings: int = 8192
+    attention_factor: float | None = None
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
+    share: float = 1.0
+    query_scale_beta: float | None = None
+    longest: int | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in ROPE_KINDS:
             raise ValueError(f"rope_scaling kind must be one of {', '.join(ROPE_KINDS)}, got {self.kind!r}")
-        if not 1.0 <= self.factor < math.inf:
+        least = 0.0 if self.kind == "longrope" else 1.0
+        if not least <= self.factor < math.inf or not self.factor:
             raise ValueError(f"rope_scaling factor must be >= 1, got {self.factor}")
         if self.kind == "llama3" and not 0 < self.low_freq_factor < self.high_freq_factor:
             raise ValueError(
                 "rope_scaling llama3 must have 0 < low_freq_factor < high_freq_factor, "
                 f"got {self.low_freq_factor} and {self.high_freq_factor}"
             )
+        if self.kind == "yarn" and not 0 < self.beta_slow <= self.beta_fast:
+            raise ValueError(
+                f"rope_scaling yarn must have 0 < beta_slow <= beta_fast, got {self.beta_slow} and {self.beta_fast}"
+            )
+        if self.kind == "longrope" and not all(factor > 0 for factor in (*self.short_factor, *self.long_factor)):
+            raise ValueError("rope_scaling longrope must have factors > 0 in short_factor and long_factor")
+        if not 0 <= self.share <= 1:
+            raise ValueError(f"rope_scaling share must be from 0 to 1, got {self.share}")
+
+    @property
+    def is_long(self) -> bool:
+        """Whether the run is longer than what the model was trained on first, so that "longrope" is the long table."""
+        return self.longest is not None and self.longest > self.original_max_position_embeddings
+
+
+class LayerShape(NamedTuple):
+    """The sizes of one layer.
+
+    Attributes:
+      has_keys: whether it computes keys and values; otherwise it reads those of an earlier layer of its type.
+      has_values: whether values have a projection of their own; otherwise they are the keys' projection.
+      is_read: whether later layers read its keys and values.
+    """
+
+    head_dim: int
+    num_kv_heads: int
+    mlp_size: int
+    has_keys: bool = True
+    has_values: bool = True
+    is_read: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,6 +191,21 @@ class ModelConfig:
     `attention_bias` adds a bias to q, k and v, and to o where the family has one there. With `lora` the tree has
     adapters, and only they are trained. `quantization` says how the model's files are quantised; their weights stay as
     they are stored.
+
+    Attributes:
+      rotary_share: the share of each head's dims that are rotated; None: the family's.
+      rope_local_scaling: how the frequencies of layers with a window are scaled.
+      embedding_multiplier, residual_multiplier: factors on the embeddings, and on what a layer adds to the residual
+        stream.
+      attention_multiplier: the scale of the scores; None: query_pre_attn_scalar ** -0.5.
+      logits_divisor: what logits are divided by.
+      attention_softcap, logit_softcap: scores and logits x become cap tanh(x / cap); None: they stay.
+      global_head_dim, num_global_kv_heads: of layers without a window; None: as in the others.
+      keys_are_values: in layers without a window, values are the keys' projection.
+      num_kv_shared_layers: the last layers, which read the keys and values of the last layer before them of their type.
+      double_wide_mlp: the MLP of these layers is twice as wide.
+      per_layer_input_size: dims of the input of its own that each layer has; 0: none.
+      per_layer_vocab_size: rows of the embedding table of these inputs.
     """
 
     family: str
@@ -164,6 +238,21 @@ class ModelConfig:
     lora: LoRAConfig | None = None
     scan_layers: bool = False
     quantization: Quantization | None = None
+    rotary_share: float | None = None
+    rope_local_scaling: RopeScaling = RopeScaling()
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    attention_multiplier: float | None = None
+    logits_divisor: float = 1.0
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
+    global_head_dim: int | None = None
+    num_global_kv_heads: int | None = None
+    keys_are_values: bool = False
+    num_kv_shared_layers: int = 0
+    double_wide_mlp: bool = False
+    per_layer_input_size: int = 0
+    per_layer_vocab_size: int = 0
 
     kind: ClassVar[str] = "decoder"
     has_own_kernel: ClassVar[bool] = False
@@ -189,7 +278,7 @@ class ModelConfig:
         tie_word_embeddings: bool = True,
         rope_theta: float | None = None,
         rope_scaling: RopeScaling = RopeScaling(),
-        rope_local_theta: float = 10_000.0,
+        rope_local_theta: float | None = None,
         activation: str | None = None,
         attention_bias: bool | None = None,
         mlp_bias: bool = False,
@@ -204,11 +293,13 @@ class ModelConfig:
         param_dtype: str = "float32",
         remat: str = "none",
         lora: LoRAConfig | None = None,
+        **features_of_family: Any,
     ) -> "ModelConfig":
         """A fresh architecture. Arguments that are left out (None) take the family's value.
 
-        Raises ValueError for sizes that do not fit. Without `layer_types`, the family's `window_pattern` says which
-        layers have the `sliding_window`.
+        Raises ValueError for sizes that do not fit. Without `layer_types`, the family says which layers have the
+        `sliding_window`, and which have no rotary positions. `features_of_family` are the attributes that few families
+        have.
         """
         _check_choice("family", family, tuple(FAMILIES))
         _check_size("num_layers", num_layers)
@@ -222,8 +313,17 @@ class ModelConfig:
                 )
             head_dim = hidden_size // num_heads
         if layer_types is None:
-            pattern = None if sliding_window is None else features.window_pattern
-            layer_types = alternating_layer_types(num_layers, 1 if pattern is None else pattern)
+            layer_types = default_layer_types(features, num_layers, sliding_window)
+        theta = features.rope_theta if rope_theta is None else rope_theta
+        if features.local_rope == OWN_ROPE or not features.has_windows:
+            local_theta, local_scaling = 10_000.0, RopeScaling()
+        else:
+            local_theta, local_scaling = local_rope_of(features, theta, rope_scaling)
+        features_of_family = {
+            "attention_multiplier": features.attention_multiplier,
+            "rope_local_scaling": local_scaling,
+            **features_of_family,
+        }
         return cls(
             family=family,
             vocab_size=vocab_size,
@@ -236,9 +336,9 @@ class ModelConfig:
             max_position_embeddings=max_position_embeddings,
             norm_eps=norm_eps,
             tie_word_embeddings=tie_word_embeddings,
-            rope_theta=features.rope_theta if rope_theta is None else rope_theta,
+            rope_theta=theta,
             rope_scaling=rope_scaling,
-            rope_local_theta=rope_local_theta,
+            rope_local_theta=local_theta if rope_local_theta is None else rope_local_theta,
             activation=features.activation if activation is None else activation,
             attention_bias=features.always_attention_bias if attention_bias is None else attention_bias,
             mlp_bias=mlp_bias,
@@ -253,6 +353,7 @@ class ModelConfig:
             param_dtype=param_dtype,
             remat=remat,
             lora=lora,
+            **features_of_family,
         )
 
     @property
@@ -272,13 +373,68 @@ class ModelConfig:
 
     @property
     def rotary_dim(self) -> int:
-        """The number of rotated dims of each head; they are the first ones."""
-        return int(self.head_dim * self.features.rotary_share)
+        """The number of rotated dims of each head of `head_dim`; they are the first ones."""
+        return self.rotated_dims(self.head_dim)
+
+    def rotated_dims(self, head_dim: int) -> int:
+        """The number of rotated dims of a head."""
+        return int(head_dim * (self.features.rotary_share if self.rotary_share is None else self.rotary_share))
 
     @property
     def attention_scale(self) -> float:
         """Factor on the attention scores."""
-        return self.query_pre_attn_scalar**-0.5
+        return self.query_pre_attn_scalar**-0.5 if self.attention_multiplier is None else self.attention_multiplier
+
+    def rope_of(self, layer_type: str) -> tuple[int, float, RopeScaling]:
+        """(rotated dims, theta, scaling) of the layers of one type, where they have rotary positions."""
+        if has_window(layer_type):
+            return self.rotated_dims(self.head_dim), self.rope_local_theta, self.rope_local_scaling
+        return self.rotated_dims(self.global_head_dim or self.head_dim), self.rope_theta, self.rope_scaling
+
+    def layer_shape(self, index: int) -> LayerShape:
+        """The sizes of a layer."""
+        head_dim, kv_heads, is_global = self.head_dim, self.num_kv_heads, not has_window(self.layer_types[index])
+        if is_global:
+            head_dim = self.global_head_dim or head_dim
+            kv_heads = self.num_global_kv_heads or kv_heads
+        shares = self.kv_source(index) is not None
+        return LayerShape(
+            head_dim,
+            kv_heads,
+            self.intermediate_size * (2 if self.double_wide_mlp and shares else 1),
+            has_keys=not shares,
+            has_values=not shares and not (self.keys_are_values and is_global),
+            is_read=self._is_read(index),
+        )
+
+    def kv_source(self, index: int) -> int | None:
+        """The layer whose keys and values a layer reads; None: its own."""
+        if index < self._first_sharing:
+            return None
+        alike = (i for i in range(self._first_sharing) if self.layer_types[i] == self.layer_types[index])
+        return max(alike, default=None)
+
+    def _is_read(self, index: int) -> bool:
+        first, own = self._first_sharing, self.layer_types[index]
+        return index < first and own in self.layer_types[first:] and own not in self.layer_types[index + 1 : first]
+
+    @property
+    def _first_sharing(self) -> int:
+        return self.num_layers - self.num_kv_shared_layers
+
+    @property
+    def common_kv_heads(self) -> int:
+        """The largest number that divides the kv heads of every layer: what cuts it cuts them all."""
+        return math.gcd(self.num_kv_heads, self.num_global_kv_heads or self.num_kv_heads)
+
+    def for_length(self, longest: int) -> "ModelConfig":
+        """The model with the rotary tables of a run whose longest prompt with completion has this many tokens."""
+        scalings = {
+            name: dataclasses.replace(scaling, longest=longest)
+            for name in ("rope_scaling", "rope_local_scaling")
+            if (scaling := getattr(self, name)).kind == "longrope"
+        }
+        return dataclasses.replace(self, **scalings) if scalings else self
 
     @property
     def num_parameters(self) -> int:
@@ -348,6 +504,41 @@ def alternating_layer_types(num_layers: int, pattern: int) -> tuple[str, ...]:
     return tuple(SLIDING_ATTENTION if (i + 1) % pattern else FULL_ATTENTION for i in range(num_layers))
 
 
+def default_layer_types(features: Family, num_layers: int, sliding_window: int | None) -> tuple[str, ...]:
+    """The layers of a model that names none: which have a window, and which have no rotary positions."""
+    pattern = 1
+    if sliding_window is not None:
+        pattern = num_layers + 1 if features.window_everywhere else features.window_pattern or 1
+    layer_types = alternating_layer_types(num_layers, pattern)
+    interval = features.no_rotary_interval
+    has_rotary = [interval is None or (i + 1) % interval != 0 for i in range(num_layers)]
+    if features.full_layers_without_rotary and sliding_window is not None:
+        has_rotary = [has_window(name) for name in layer_types]
+    return with_rotary(layer_types, has_rotary)
+
+
+def with_rotary(layer_types: Iterable[str], has_rotary: Iterable[Any]) -> tuple[str, ...]:
+    """The types of layers, of which some have no rotary positions."""
+    return tuple(
+        name if rotates else name + WITHOUT_ROTARY for name, rotates in zip(layer_types, has_rotary, strict=True)
+    )
+
+
+def has_window(layer_type: str) -> bool:
+    """Whether layers of this type have a window."""
+    return layer_type.startswith(SLIDING_ATTENTION)
+
+
+def has_rotary(layer_type: str) -> bool:
+    """Whether layers of this type have rotary positions."""
+    return not layer_type.endswith(WITHOUT_ROTARY)
+
+
+def local_rope_of(features: Family, theta: float, scaling: RopeScaling) -> tuple[float, RopeScaling]:
+    """Theta and scaling of layers with a window, in a family where the other layers decide on them."""
+    return theta, RopeScaling() if features.local_rope == UNSCALED_ROPE else scaling
+
+
 def parameter_specs(config: ModelConfig | ForeignConfig) -> dict[str, Any]:
     """The parameter tree of both twins, with a `ParameterSpec` at every leaf; adapters lie beside their kernels."""
     specs = base_specs(config)
@@ -372,13 +563,22 @@ def leaf_at(tree: Any, path: Iterable[str]) -> Any:
 
 
 def _decoder_specs(config: ModelConfig) -> dict[str, Any]:
+    hidden, per_layer = config.hidden_size, config.num_layers * config.per_layer_input_size
     tree = {
-        "embed_tokens": {"embedding": ParameterSpec((config.vocab_size, config.hidden_size), ("vocab", "embed"), (1,))},
-        **{f"layers_{i}": _layer_specs(config) for i in range(config.num_layers)},
-        "norm": _norm_spec(config.hidden_size),
+        "embed_tokens": {"embedding": ParameterSpec((config.vocab_size, hidden), ("vocab", "embed"), (1,))},
+        **{f"layers_{i}": _layer_specs(config, config.layer_shape(i)) for i in range(config.num_layers)},
+        "norm": _norm_spec(hidden),
     }
+    if per_layer:
+        tree |= {
+            "embed_tokens_per_layer": {
+                "embedding": ParameterSpec((config.per_layer_vocab_size, per_layer), ("vocab", "embed"), (1,))
+            },
+            "per_layer_model_projection": _dense_spec((hidden,), ("embed",), (per_layer,), ("head_dim",), False),
+            "per_layer_projection_norm": _norm_spec(config.per_layer_input_size),
+        }
     if not config.tie_word_embeddings:
-        tree["lm_head"] = _dense_spec((config.hidden_size,), ("embed",), (config.vocab_size,), ("vocab",), False)
+        tree["lm_head"] = _dense_spec((hidden,), ("embed",), (config.vocab_size,), ("vocab",), False)
     return tree
 
 
@@ -420,30 +620,39 @@ def adaptable_modules(config: ModelConfig) -> list[str]:
     return ["/".join(path[:-1]) for path, _ in flatten_specs(base_specs(config)) if path[-1] == "kernel"]
 
 
-def _layer_specs(config: ModelConfig) -> dict[str, Any]:
-    hidden, mlp, head_dim = config.hidden_size, config.intermediate_size, config.head_dim
+def _layer_specs(config: ModelConfig, shape: LayerShape) -> dict[str, Any]:
+    features, hidden, mlp, head_dim = config.features, config.hidden_size, shape.mlp_size, shape.head_dim
     query, key = ("heads", "head_dim"), ("kv_heads", "head_dim")
-    query_shape, key_shape = (config.num_heads, head_dim), (config.num_kv_heads, head_dim)
-    attention = {
-        "q_proj": _dense_spec((hidden,), ("embed",), query_shape, query, config.attention_bias),
-        "k_proj": _dense_spec((hidden,), ("embed",), key_shape, key, config.attention_bias),
-        "v_proj": _dense_spec((hidden,), ("embed",), key_shape, key, config.attention_bias),
-        "o_proj": _dense_spec(query_shape, query, (hidden,), ("embed",), config.output_bias),
+    query_shape, key_shape = (config.num_heads, head_dim), (shape.num_kv_heads, head_dim)
+    attention = {"q_proj": _dense_spec((hidden,), ("embed",), query_shape, query, config.attention_bias)}
+    for name, exists in (("k_proj", shape.has_keys), ("v_proj", shape.has_values)):
+        if exists:
+            attention[name] = _dense_spec((hidden,), ("embed",), key_shape, key, config.attention_bias)
+    attention["o_proj"] = _dense_spec(query_shape, query, (hidden,), ("embed",), config.output_bias)
+    if features.qk_norm:
+        heads = (config.num_heads, shape.num_kv_heads) if features.qk_norm_of_all else (1, 1)
+        attention["q_norm"] = _norm_spec(heads[0] * head_dim)
+        if shape.has_keys:
+            attention["k_norm"] = _norm_spec(heads[1] * head_dim)
+    norms = features.norms
+    layer = {name: _norm_spec(hidden) for name in norms[:1] if name}
+    layer["self_attn"] = attention
+    layer |= {"post_attention_layernorm": _norm_spec(hidden)}
+    layer["mlp"] = {
+        "gate_proj": _dense_spec((hidden,), ("embed",), (mlp,), ("mlp",), config.mlp_bias),
+        "up_proj": _dense_spec((hidden,), ("embed",), (mlp,), ("mlp",), config.mlp_bias),
+        "down_proj": _dense_spec((mlp,), ("mlp",), (hidden,), ("embed",), config.mlp_bias),
     }
-    if config.features.qk_norm:
-        attention |= {"q_norm": _norm_spec(head_dim), "k_norm": _norm_spec(head_dim)}
-    layer = {
-        "input_layernorm": _norm_spec(hidden),
-        "self_attn": attention,
-        "post_attention_layernorm": _norm_spec(hidden),
-        "mlp": {
-            "gate_proj": _dense_spec((hidden,), ("embed",), (mlp,), ("mlp",), config.mlp_bias),
-            "up_proj": _dense_spec((hidden,), ("embed",), (mlp,), ("mlp",), config.mlp_bias),
-            "down_proj": _dense_spec((mlp,), ("mlp",), (hidden,), ("embed",), config.mlp_bias),
-        },
-    }
-    if config.features.post_norms:
-        layer |= {"pre_feedforward_layernorm": _norm_spec(hidden), "post_feedforward_layernorm": _norm_spec(hidden)}
+    layer |= {name: _norm_spec(hidden) for name in norms if name and name not in layer}
+    if config.per_layer_input_size:
+        own = config.per_layer_input_size
+        layer |= {
+            "per_layer_input_gate": _dense_spec((hidden,), ("embed",), (own,), ("head_dim",), False),
+            "per_layer_projection": _dense_spec((own,), ("head_dim",), (hidden,), ("embed",), False),
+            "post_per_layer_input_norm": _norm_spec(hidden),
+        }
+    if features.layer_scalar:
+        layer[LAYER_SCALAR] = ParameterSpec((1,), ("norm",))
     return layer
 
 
@@ -508,9 +717,16 @@ def _check(config: ModelConfig) -> None:
         _check_size(name, getattr(config, name))
     for name in ("norm_eps", "rope_theta", "rope_local_theta", "query_pre_attn_scalar", "initializer_range"):
         _check_positive(name, getattr(config, name))
-    heads = 2 * (config.num_heads + config.num_kv_heads) * config.head_dim
-    num_parameters = config.hidden_size * (
-        config.vocab_size + config.num_layers * (heads + 3 * config.intermediate_size)
+    head_dim, most_kv_heads = config.head_dim, config.num_kv_heads
+    if config.features.mixed_layers:
+        head_dim = max(head_dim, config.global_head_dim or 0)
+        most_kv_heads = max(most_kv_heads, config.num_global_kv_heads or 0)
+    heads = 2 * (config.num_heads + most_kv_heads) * head_dim
+    mlp = config.intermediate_size * (2 if config.double_wide_mlp else 1)
+    per_layer = config.num_layers * config.per_layer_input_size
+    num_parameters = (
+        config.hidden_size * (config.vocab_size + config.num_layers * (heads + 3 * mlp) + per_layer)
+        + per_layer * config.per_layer_vocab_size
     )
     if num_parameters > LARGEST_MODEL:
         raise ValueError(
@@ -534,11 +750,11 @@ def _check(config: ModelConfig) -> None:
             f"layer_types must name {config.num_layers} layers (num_layers), got {len(config.layer_types)}"
         )
     for layer_type in config.layer_types:
-        _check_choice("layer_types entry", layer_type, (FULL_ATTENTION, SLIDING_ATTENTION))
-    if SLIDING_ATTENTION in config.layer_types:
-        if features.window_pattern is None:
+        _check_choice("layer_types entry", layer_type, LAYER_TYPES)
+    if any(map(has_window, config.layer_types)):
+        if not features.has_windows:
             raise ValueError(
-                f"sliding_attention layers are supported for {families_with('window_pattern')} only, got family "
+                f"sliding_attention layers are supported for {families_with('has_windows')} only, got family "
                 f"{config.family}"
             )
         if config.sliding_window is None or config.sliding_window < 1:
@@ -547,6 +763,8 @@ def _check(config: ModelConfig) -> None:
         raise ValueError(
             f"attention_bias must be true for {config.family}, whose q, k and v always have a bias, got false"
         )
+    if config.attention_bias and not features.may_have_attention_bias:
+        raise ValueError(f"attention_bias must be false for {config.family}, which has none, got true")
     if config.mlp_bias and not features.may_have_mlp_bias:
         raise ValueError(
             f"mlp_bias must be false for {config.family}, got true; only {families_with('may_have_mlp_bias')} has it"
@@ -556,6 +774,8 @@ def _check(config: ModelConfig) -> None:
             f"query_pre_attn_scalar must equal head_dim ({config.head_dim}) for {config.family}, "
             f"got {config.query_pre_attn_scalar}; only {families_with('has_query_scale')} has it"
         )
+    _check_rope(config)
+    _check_features(config)
     for token_id in config.eos_token_ids:
         if not 0 <= token_id < config.vocab_size:
             raise ValueError(f"eos_token_ids must be in [0, vocab_size = {config.vocab_size}), got {token_id}")
@@ -565,6 +785,85 @@ def _check(config: ModelConfig) -> None:
             raise ValueError(
                 f"lora.base_dtype must be left out for a model that is stored in {config.quantization.dtype} already, "
                 f"got {config.lora.base_dtype!r}"
+            )
+
+
+def _check_rope(config: ModelConfig) -> None:
+    for layer_type in dict.fromkeys(config.layer_types):
+        rotated, _, scaling = config.rope_of(layer_type)
+        if rotated % 2 or rotated < 2:
+            raise ValueError(f"rotary positions must rotate a whole number of pairs of each head, got {rotated} dims")
+        for name in ("short_factor", "long_factor") if scaling.kind == "longrope" else ():
+            if len(getattr(scaling, name)) != rotated // 2:
+                raise ValueError(
+                    f"rope_scaling {name} must have {rotated // 2} numbers, one for each rotated pair, got "
+                    f"{len(getattr(scaling, name))}"
+                )
+        if scaling.query_scale_beta is not None and not config.features.scales_query_by_position:
+            raise ValueError(
+                f"queries are scaled by position for {families_with('scales_query_by_position')} only, got family "
+                f"{config.family}"
+            )
+
+
+# {feature of a family: attributes of a model that must be neutral without it}
+_NEUTRAL_WITHOUT = {
+    "has_multipliers": ("embedding_multiplier", "residual_multiplier", "logits_divisor"),
+    "attention_softcap": ("attention_softcap",),
+    "logit_softcap": ("logit_softcap",),
+    "mixed_layers": (
+        *("global_head_dim", "num_global_kv_heads", "keys_are_values", "num_kv_shared_layers", "double_wide_mlp"),
+        "per_layer_input_size",
+    ),
+}
+
+
+def _check_features(config: ModelConfig) -> None:
+    for feature, names in _NEUTRAL_WITHOUT.items():
+        for name in names:
+            neutral = ModelConfig.__dataclass_fields__[name].default
+            if getattr(config, name) != neutral and not getattr(config.features, feature):
+                raise ValueError(
+                    f"{name} must be {neutral} for {config.family}, got {getattr(config, name)}; only "
+                    f"{families_with(feature)} has it"
+                )
+    for name in ("embedding_multiplier", "residual_multiplier", "logits_divisor"):
+        _check_positive(name, getattr(config, name))
+    for name in ("attention_multiplier", "attention_softcap", "logit_softcap"):
+        if (value := getattr(config, name)) is not None:
+            _check_positive(name, value)
+    for name, limit in (("global_head_dim", "head_dim"), ("num_global_kv_heads", "num_kv_heads")):
+        if (value := getattr(config, name)) is not None:
+            _check_positive(name, value)
+            if value > LARGEST[limit]:
+                raise ValueError(f"{name} must be at most {LARGEST[limit]}, got {value}")
+    if config.global_head_dim is not None and config.global_head_dim % 2:
+        raise ValueError(f"global_head_dim must be even for rotary embeddings, got {config.global_head_dim}")
+    if config.num_global_kv_heads is not None and config.num_heads % config.num_global_kv_heads:
+        raise ValueError(
+            f"num_heads must be a multiple of num_global_kv_heads, got {config.num_heads} and "
+            f"{config.num_global_kv_heads}"
+        )
+    if not 0 <= config.num_kv_shared_layers < config.num_layers:
+        raise ValueError(
+            f"num_kv_shared_layers must be from 0 to {config.num_layers - 1}, got {config.num_kv_shared_layers}"
+        )
+    first = config.num_layers - config.num_kv_shared_layers
+    if lost := sorted(set(config.layer_types[first:]) - set(config.layer_types[:first])):
+        raise ValueError(
+            f"num_kv_shared_layers must leave a layer of each type to read from, got {config.num_kv_shared_layers} of "
+            f"{config.num_layers} layers, before which there is no {lost[0]}"
+        )
+    if config.per_layer_input_size:
+        for name in ("per_layer_input_size", "per_layer_vocab_size"):
+            limit = LARGEST["vocab_size" if "vocab" in name else "hidden_size"]
+            _check_positive(name, getattr(config, name))
+            if getattr(config, name) > limit:
+                raise ValueError(f"{name} must be at most {limit}, got {getattr(config, name)}")
+        if config.per_layer_vocab_size < config.vocab_size:
+            raise ValueError(
+                f"per_layer_vocab_size must be at least vocab_size, got {config.per_layer_vocab_size} and "
+                f"{config.vocab_size}"
             )
 
 

@@ -7,6 +7,7 @@ Legend: B rows, T token positions, V vocab, D model.
 """
 
 import dataclasses
+import math
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -192,7 +193,8 @@ def policy_from_config(config: Config, model_config: ModelConfig, mesh: Mesh | N
     if mesh is None or model_config.has_own_kernel:
         return create_policy(model_config, config.pure_nnx)
     kernel = choose_kernel(config.model.attention, model_config, mesh, config.mesh.rules)
-    exchange_fn = embedding_exchange(mesh, config.mesh.rules, model_config.hidden_size)
+    columns = math.gcd(model_config.hidden_size, model_config.num_layers * model_config.per_layer_input_size)
+    exchange_fn = embedding_exchange(mesh, config.mesh.rules, columns)
     return create_policy(model_config, config.pure_nnx, kernel, exchange_fn)
 
 

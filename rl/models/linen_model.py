@@ -5,6 +5,7 @@ Legend: B sequences, T token positions, V vocab, D model, N query heads, K kv he
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ from rl.devices.mesh import RowExchange
 from rl.models import cache as kv
 from rl.models import ops, scanned
 from rl.models.block_attention import block_attention
-from rl.models.config import LORA_A, LORA_B, ModelConfig
+from rl.models.config import LAYER_SCALAR, LORA_A, LORA_B, LayerShape, ModelConfig
 from rl.models.inputs import Inputs
 
 
@@ -71,50 +72,79 @@ class Embedding(nn.Module):
         return ops.dense(hidden, self.embedding.T, out_dtype=ops.widen(hidden.dtype))
 
 
-class Attention(nn.Module):
-    """Grouped-query attention with rotary positions, over the tokens themselves or over a cache."""
+class LayerEmbedding(nn.Module):
+    """Token ids [B, T] -> what they say to each layer [B, T, L * P]."""
 
     config: ModelConfig
 
     def setup(self) -> None:
         config = self.config
+        shape = (config.per_layer_vocab_size, config.num_layers * config.per_layer_input_size)
+        self.embedding = _parameter(self, "embedding", shape)
+
+    def __call__(self, tokens_BT: jax.Array) -> jax.Array:
+        return ops.embed_per_layer(self.embedding, tokens_BT, self.config)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions, over the tokens themselves or over a cache.
+
+    Gives the output and what goes on from the layer, see `rl.models.cache.attend`.
+    """
+
+    config: ModelConfig
+    shape: LayerShape
+
+    def setup(self) -> None:
+        config, shape = self.config, self.shape
         hidden = (config.hidden_size,)
-        queries = (config.num_heads, config.head_dim)
-        keys = (config.num_kv_heads, config.head_dim)
+        queries = (config.num_heads, shape.head_dim)
+        keys = (shape.num_kv_heads, shape.head_dim)
         self.q_proj = Projection(config, hidden, queries, config.attention_bias)
-        self.k_proj = Projection(config, hidden, keys, config.attention_bias)
-        self.v_proj = Projection(config, hidden, keys, config.attention_bias)
+        if shape.has_keys:
+            self.k_proj = Projection(config, hidden, keys, config.attention_bias)
+        if shape.has_values:
+            self.v_proj = Projection(config, hidden, keys, config.attention_bias)
         self.o_proj = Projection(config, queries, hidden, config.output_bias)
         if config.features.qk_norm:
-            self.q_norm = RMSNorm(config, config.head_dim)
-            self.k_norm = RMSNorm(config, config.head_dim)
+            sizes = map(math.prod, (queries, keys)) if config.features.qk_norm_of_all else [shape.head_dim] * 2
+            query_size, key_size = sizes
+            self.q_norm = RMSNorm(config, query_size)
+            if shape.has_keys:
+                self.k_norm = RMSNorm(config, key_size)
 
     def __call__(
         self, x_BTD: jax.Array, context: ops.LayerContext, layer_cache: kv.LayerCache | None = None
-    ) -> tuple[jax.Array, kv.LayerCache | None]:
-        q_BTNH, k_BTKH, v_BTKH = self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD)
-        if self.config.features.qk_norm:
-            q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
-        q_BTNH = ops.apply_rope(q_BTNH, context.cos_BTH, context.sin_BTH)
-        k_BTKH = ops.apply_rope(k_BTKH, context.cos_BTH, context.sin_BTH)
-        scale = self.config.attention_scale
-        if layer_cache is None:
-            assert context.attend is not None
-            output_BTNH = context.attend(q_BTNH, k_BTKH, v_BTKH, context.mask_BTS, scale)
-        else:
-            layer_cache = kv.append(layer_cache, k_BTKH, v_BTKH)
-            output_BTNH = ops.attention_over_parts(q_BTNH, kv.attention_parts(layer_cache, context), scale)
-        return checkpoint_name(self.o_proj(output_BTNH), ops.ATTENTION_OUTPUT), layer_cache
+    ) -> tuple[jax.Array, Any]:
+        config, features, shape = self.config, self.config.features, self.shape
+        q_BTNH = self.q_proj(x_BTD)
+        k_BTKH = self.k_proj(x_BTD) if shape.has_keys else None
+        v_BTKH = self.v_proj(x_BTD) if shape.has_values else k_BTKH
+        if features.qk_norm:
+            q_BTNH = ops.norm_heads(q_BTNH, self.q_norm, config)
+        q_BTNH = ops.apply_rope(q_BTNH, context.cos_BTH, context.sin_BTH, features.interleaved_rotary)
+        q_BTNH = ops.scale_queries(q_BTNH, context)
+        kv_BTKH = None
+        if k_BTKH is not None and v_BTKH is not None:
+            if features.qk_norm:
+                k_BTKH = ops.norm_heads(k_BTKH, self.k_norm, config)
+            if features.value_norm:
+                v_BTKH = ops.rms_norm(v_BTKH, None, config)
+            k_BTKH = ops.apply_rope(k_BTKH, context.cos_BTH, context.sin_BTH, features.interleaved_rotary)
+            kv_BTKH = (k_BTKH, v_BTKH)
+        output_BTNH, carried = kv.attend(config, q_BTNH, kv_BTKH, context, layer_cache, shape.is_read)
+        return checkpoint_name(self.o_proj(output_BTNH), ops.ATTENTION_OUTPUT), carried
 
 
 class MLP(nn.Module):
     """Gated feed-forward block."""
 
     config: ModelConfig
+    size: int
 
     def setup(self) -> None:
         config = self.config
-        hidden, mlp = (config.hidden_size,), (config.intermediate_size,)
+        hidden, mlp = (config.hidden_size,), (self.size,)
         self.gate_proj = Projection(config, hidden, mlp, config.mlp_bias)
         self.up_proj = Projection(config, hidden, mlp, config.mlp_bias)
         self.down_proj = Projection(config, mlp, hidden, config.mlp_bias)
@@ -125,30 +155,46 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP with residuals. With `post_norms` their outputs are normalised as well."""
+    """Attention and MLP with residuals, and, where layers have inputs of their own, a gate that adds this one.
+
+    Gives the hidden states and what goes on from the layer, see `rl.models.cache.attend`.
+    """
 
     config: ModelConfig
+    shape: LayerShape
 
     def setup(self) -> None:
-        config = self.config
-        self.input_layernorm = RMSNorm(config, config.hidden_size)
-        self.self_attn = Attention(config)
-        self.post_attention_layernorm = RMSNorm(config, config.hidden_size)
-        self.mlp = MLP(config)
-        if config.features.post_norms:
-            self.pre_feedforward_layernorm = RMSNorm(config, config.hidden_size)
-            self.post_feedforward_layernorm = RMSNorm(config, config.hidden_size)
+        config, hidden = self.config, (self.config.hidden_size,)
+        for name in filter(None, config.features.norms):
+            setattr(self, name, RMSNorm(config, config.hidden_size))
+        self.self_attn = Attention(config, self.shape)
+        self.mlp = MLP(config, self.shape.mlp_size)
+        if config.per_layer_input_size:
+            own = (config.per_layer_input_size,)
+            self.per_layer_input_gate = Projection(config, hidden, own, False)
+            self.per_layer_projection = Projection(config, own, hidden, False)
+            self.post_per_layer_input_norm = RMSNorm(config, config.hidden_size)
+        if config.features.layer_scalar:
+            self.layer_scalar = _parameter(self, LAYER_SCALAR, (1,))
 
     def __call__(
         self, x_BTD: jax.Array, context: ops.LayerContext, layer_cache: kv.LayerCache | None = None
-    ) -> tuple[jax.Array, kv.LayerCache | None]:
-        attended_BTD, layer_cache = self.self_attn(self.input_layernorm(x_BTD), context, layer_cache)
-        if self.config.features.post_norms:
-            x_BTD = x_BTD + self.post_attention_layernorm(attended_BTD)
-            mixed_BTD = self.mlp(self.pre_feedforward_layernorm(x_BTD))
-            return x_BTD + self.post_feedforward_layernorm(mixed_BTD), layer_cache
-        x_BTD = x_BTD + attended_BTD
-        return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD)), layer_cache
+    ) -> tuple[jax.Array, Any]:
+        config, names = self.config, self.config.features.norms
+        attended_BTD, carried = self.self_attn(self._norm(names.before_attention, x_BTD), context, layer_cache)
+        x_BTD = ops.add_residual(x_BTD, self._norm(names.after_attention, attended_BTD), config)
+        mixed_BTD = self.mlp(self._norm(names.before_mlp, x_BTD))
+        x_BTD = ops.add_residual(x_BTD, self._norm(names.after_mlp, mixed_BTD), config)
+        if config.per_layer_input_size:
+            gate_BTP = ops.activation(self.per_layer_input_gate(x_BTD), config.activation)
+            added_BTD = self.per_layer_projection(gate_BTP * context.layer_input_BTP)
+            x_BTD = x_BTD + self.post_per_layer_input_norm(added_BTD)
+        if config.features.layer_scalar:
+            x_BTD = x_BTD * jax.lax.stop_gradient(self.layer_scalar).astype(x_BTD.dtype)
+        return x_BTD, carried
+
+    def _norm(self, name: str | None, x_BTD: jax.Array) -> jax.Array:
+        return x_BTD if name is None else getattr(self, name)(x_BTD)
 
 
 class CausalLM(nn.Module):
@@ -167,7 +213,12 @@ class CausalLM(nn.Module):
         remat = config.remat != "none" and not self.is_initializing()
         block = nn.remat(Block, **ops.remat_options(config.remat)) if remat else Block
         self.embed_tokens = Embedding(config)
-        self.layers = [block(config) for _ in range(config.num_layers)]
+        if config.per_layer_input_size:
+            own = config.num_layers * config.per_layer_input_size
+            self.embed_tokens_per_layer = LayerEmbedding(config)
+            self.per_layer_model_projection = Projection(config, (config.hidden_size,), (own,), False)
+            self.per_layer_projection_norm = RMSNorm(config, config.per_layer_input_size)
+        self.layers = [block(config, config.layer_shape(i)) for i in range(config.num_layers)]
         self.norm = RMSNorm(config, config.hidden_size)
         if not config.tie_word_embeddings:
             self.lm_head = Projection(config, (config.hidden_size,), (config.vocab_size,), False)
@@ -180,62 +231,77 @@ class CausalLM(nn.Module):
         contexts = ops.plain_contexts(self.config, inputs, self.attention_fn)
         x_BTD = self.embed_tokens(inputs.tokens_BT)
         x_BTD = x_BTD if self.exchange_fn is None else self.exchange_fn(x_BTD)
-        return self._run(x_BTD, contexts, [None] * self.config.num_layers)[0]
+        layer_inputs = self._layer_inputs(x_BTD, inputs.tokens_BT)
+        return self._run(x_BTD, contexts, [None] * self.config.num_layers, layer_inputs)[0]
 
     def extend(self, inputs: Inputs, cache: kv.KVCache) -> tuple[jax.Array, kv.KVCache]:
         """Final hidden states [B, T, D] of tokens appended to the cache, and the cache with them."""
         cache = kv.label_positions(cache, inputs)
         contexts = kv.cached_contexts(self.config, inputs, cache)
-        hidden_BTD, layers = self._run(self.embed_tokens(inputs.tokens_BT), contexts, kv.layer_caches(cache))
+        x_BTD = self.embed_tokens(inputs.tokens_BT)
+        layer_inputs = self._layer_inputs(x_BTD, inputs.tokens_BT)
+        hidden_BTD, layers = self._run(x_BTD, contexts, kv.layer_caches(self.config, cache), layer_inputs)
         return hidden_BTD, kv.advance(cache, layers, inputs.tokens_BT.shape[1])
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
         """Logits [..., V] in float32 or wider."""
         if self.config.tie_word_embeddings:
-            return self.embed_tokens.attend(hidden)
-        return self.lm_head(hidden, out_dtype=ops.widen(hidden.dtype))
+            return ops.finish_logits(self.embed_tokens.attend(hidden), self.config)
+        return ops.finish_logits(self.lm_head(hidden, out_dtype=ops.widen(hidden.dtype)), self.config)
 
-    def _run(self, x_BTD, contexts, caches):
+    def _layer_inputs(self, x_BTD: jax.Array, tokens_BT: jax.Array) -> jax.Array | None:
+        """[L, B, T, P], see `ops.layer_inputs`; None where layers have no inputs of their own."""
+        if not self.config.per_layer_input_size:
+            return None
+        of_tokens_BTE = self.embed_tokens_per_layer(tokens_BT)
+        of_tokens_BTE = of_tokens_BTE if self.exchange_fn is None else self.exchange_fn(of_tokens_BTE)
+        project, norm = self.per_layer_model_projection, self.per_layer_projection_norm
+        return ops.layer_inputs(x_BTD, of_tokens_BTE, project, norm, self.config)
+
+    def _run(self, x_BTD, contexts, caches, layer_inputs):
         is_scanned = scanned.is_scanned(self.config, x_BTD.shape[1]) and not self.is_initializing()
-        x_BTD, caches = (self._scan if is_scanned else self._unrolled)(x_BTD, contexts, caches)
+        x_BTD, caches = (self._scan if is_scanned else self._unrolled)(x_BTD, contexts, caches, layer_inputs)
         return self.norm(x_BTD), caches
 
-    def _unrolled(self, x_BTD, contexts, caches):
-        new_caches = []
+    def _unrolled(self, x_BTD, contexts, caches, layer_inputs):
+        new_caches, read = [], {}
         for segment in ops.remat_segments(self.config):
             run_segment = functools.partial(_run_layers, segment)
             if self.config.remat == "full" and not self.is_initializing():
                 run_segment = nn.remat(run_segment)
-            own_contexts = [contexts[self.config.layer_types[i]] for i in segment]
-            x_BTD, own_caches = run_segment(self, x_BTD, own_contexts, [caches[i] for i in segment])
+            own_contexts = [ops.layer_context(self.config, contexts, layer_inputs, i) for i in segment]
+            x_BTD, own_caches, read = run_segment(self, x_BTD, own_contexts, [caches[i] for i in segment], read)
             new_caches.extend(own_caches)
         return x_BTD, new_caches
 
-    def _scan(self, x_BTD, contexts, caches):
+    def _scan(self, x_BTD, contexts, caches, layer_inputs):
         # A separate model applies one layer, named as the first of its run, to one slice of the stack.
         model = CausalLM(dataclasses.replace(self.config, remat="none"), parent=None)
-        params, new_caches = self.variables["params"], []
+        params, new_caches, read = self.variables["params"], [], {}
         for run in scanned.layer_runs(self.config):
 
             def apply_layer(layer_params, *arguments, first=run[0]) -> Any:
                 variables = {"params": {f"layers_{first}": layer_params}}
                 return model.apply(variables, *arguments, method=lambda m, *args: m.layers[first](*args))
 
-            layers, types = [params[f"layers_{i}"] for i in run], [self.config.layer_types[i] for i in run]
-            x_BTD, own_caches = scanned.scan_layers(
-                self.config, apply_layer, layers, types, contexts, [caches[i] for i in run], x_BTD
+            layers, own_caches = [params[f"layers_{i}"] for i in run], [caches[i] for i in run]
+            x_BTD, own_caches, read = scanned.scan_layers(
+                self.config, run, apply_layer, layers, contexts, own_caches, x_BTD, layer_inputs, read
             )
             new_caches.extend(own_caches)
         return x_BTD, new_caches
 
 
-def _run_layers(segment, model, x_BTD, contexts, caches):
-    """The hidden states after these layers of the model, and their caches."""
+def _run_layers(segment, model, x_BTD, contexts, caches, read):
+    """The hidden states after these layers of the model, their caches, and `read` of `ops.with_source` after them."""
     new_caches = []
     for i, context, layer_cache in zip(segment, contexts, caches, strict=True):
-        x_BTD, layer_cache = model.layers[i](x_BTD, context, layer_cache)
-        new_caches.append(layer_cache)
-    return x_BTD, new_caches
+        context = ops.with_source(model.config, i, context, read)
+        x_BTD, carried = model.layers[i](x_BTD, context, layer_cache)
+        new_caches.append(None if layer_cache is None else carried)
+        if model.config.layer_shape(i).is_read:
+            read = {**read, model.config.layer_types[i]: carried}
+    return x_BTD, new_caches, read
 
 
 def _parameter(module: nn.Module, name: str, shape: tuple[int, ...]) -> jax.Array:

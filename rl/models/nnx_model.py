@@ -5,6 +5,10 @@ are `nnx.LoRAParam`s, a kind of `nnx.Param`.
 Legend: B sequences, T token positions, V vocab, D model, N query heads, K kv heads, H head dim, F mlp.
 """
 
+import functools
+import math
+from typing import Any
+
 import jax
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
@@ -13,7 +17,7 @@ from rl.devices.mesh import RowExchange
 from rl.models import cache as kv
 from rl.models import ops, scanned
 from rl.models.block_attention import block_attention
-from rl.models.config import LORA_A, LORA_B, ModelConfig
+from rl.models.config import LAYER_SCALAR, LORA_A, LORA_B, LayerShape, ModelConfig
 from rl.models.inputs import Inputs
 
 Path = tuple[str, ...]
@@ -76,46 +80,71 @@ class Embedding(nnx.Module):
         return ops.dense(hidden, self.embedding.get_value().T, out_dtype=ops.widen(hidden.dtype))
 
 
-class Attention(nnx.Module):
-    """Grouped-query attention with rotary positions, over the tokens themselves or over a cache."""
+class LayerEmbedding(nnx.Module):
+    """Token ids [B, T] -> what they say to each layer [B, T, L * P]."""
 
     def __init__(self, config: ModelConfig, key: jax.Array, path: Path) -> None:
         self.config = config
+        shape = (config.per_layer_vocab_size, config.num_layers * config.per_layer_input_size)
+        self.embedding = _parameter(config, key, (*path, "embedding"), shape)
+
+    def __call__(self, tokens_BT: jax.Array) -> jax.Array:
+        return ops.embed_per_layer(self.embedding.get_value(), tokens_BT, self.config)
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention with rotary positions, over the tokens themselves or over a cache.
+
+    Gives the output and what goes on from the layer, see `rl.models.cache.attend`.
+    """
+
+    def __init__(self, config: ModelConfig, shape: LayerShape, key: jax.Array, path: Path) -> None:
+        self.config, self.shape = config, shape
         hidden = (config.hidden_size,)
-        queries = (config.num_heads, config.head_dim)
-        keys = (config.num_kv_heads, config.head_dim)
+        queries = (config.num_heads, shape.head_dim)
+        keys = (shape.num_kv_heads, shape.head_dim)
         self.q_proj = Projection(config, hidden, queries, config.attention_bias, key, (*path, "q_proj"))
-        self.k_proj = Projection(config, hidden, keys, config.attention_bias, key, (*path, "k_proj"))
-        self.v_proj = Projection(config, hidden, keys, config.attention_bias, key, (*path, "v_proj"))
+        if shape.has_keys:
+            self.k_proj = Projection(config, hidden, keys, config.attention_bias, key, (*path, "k_proj"))
+        if shape.has_values:
+            self.v_proj = Projection(config, hidden, keys, config.attention_bias, key, (*path, "v_proj"))
         self.o_proj = Projection(config, queries, hidden, config.output_bias, key, (*path, "o_proj"))
         if config.features.qk_norm:
-            self.q_norm = RMSNorm(config, config.head_dim, key, (*path, "q_norm"))
-            self.k_norm = RMSNorm(config, config.head_dim, key, (*path, "k_norm"))
+            sizes = map(math.prod, (queries, keys)) if config.features.qk_norm_of_all else [shape.head_dim] * 2
+            query_size, key_size = sizes
+            self.q_norm = RMSNorm(config, query_size, key, (*path, "q_norm"))
+            if shape.has_keys:
+                self.k_norm = RMSNorm(config, key_size, key, (*path, "k_norm"))
 
     def __call__(
         self, x_BTD: jax.Array, context: ops.LayerContext, layer_cache: kv.LayerCache | None = None
-    ) -> tuple[jax.Array, kv.LayerCache | None]:
-        q_BTNH, k_BTKH, v_BTKH = self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD)
-        if self.config.features.qk_norm:
-            q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
-        q_BTNH = ops.apply_rope(q_BTNH, context.cos_BTH, context.sin_BTH)
-        k_BTKH = ops.apply_rope(k_BTKH, context.cos_BTH, context.sin_BTH)
-        scale = self.config.attention_scale
-        if layer_cache is None:
-            assert context.attend is not None
-            output_BTNH = context.attend(q_BTNH, k_BTKH, v_BTKH, context.mask_BTS, scale)
-        else:
-            layer_cache = kv.append(layer_cache, k_BTKH, v_BTKH)
-            output_BTNH = ops.attention_over_parts(q_BTNH, kv.attention_parts(layer_cache, context), scale)
-        return checkpoint_name(self.o_proj(output_BTNH), ops.ATTENTION_OUTPUT), layer_cache
+    ) -> tuple[jax.Array, Any]:
+        config, features, shape = self.config, self.config.features, self.shape
+        q_BTNH = self.q_proj(x_BTD)
+        k_BTKH = self.k_proj(x_BTD) if shape.has_keys else None
+        v_BTKH = self.v_proj(x_BTD) if shape.has_values else k_BTKH
+        if features.qk_norm:
+            q_BTNH = ops.norm_heads(q_BTNH, self.q_norm, config)
+        q_BTNH = ops.apply_rope(q_BTNH, context.cos_BTH, context.sin_BTH, features.interleaved_rotary)
+        q_BTNH = ops.scale_queries(q_BTNH, context)
+        kv_BTKH = None
+        if k_BTKH is not None and v_BTKH is not None:
+            if features.qk_norm:
+                k_BTKH = ops.norm_heads(k_BTKH, self.k_norm, config)
+            if features.value_norm:
+                v_BTKH = ops.rms_norm(v_BTKH, None, config)
+            k_BTKH = ops.apply_rope(k_BTKH, context.cos_BTH, context.sin_BTH, features.interleaved_rotary)
+            kv_BTKH = (k_BTKH, v_BTKH)
+        output_BTNH, carried = kv.attend(config, q_BTNH, kv_BTKH, context, layer_cache, shape.is_read)
+        return checkpoint_name(self.o_proj(output_BTNH), ops.ATTENTION_OUTPUT), carried
 
 
 class MLP(nnx.Module):
     """Gated feed-forward block."""
 
-    def __init__(self, config: ModelConfig, key: jax.Array, path: Path) -> None:
+    def __init__(self, config: ModelConfig, size: int, key: jax.Array, path: Path) -> None:
         self.config = config
-        hidden, mlp = (config.hidden_size,), (config.intermediate_size,)
+        hidden, mlp = (config.hidden_size,), (size,)
         self.gate_proj = Projection(config, hidden, mlp, config.mlp_bias, key, (*path, "gate_proj"))
         self.up_proj = Projection(config, hidden, mlp, config.mlp_bias, key, (*path, "up_proj"))
         self.down_proj = Projection(config, mlp, hidden, config.mlp_bias, key, (*path, "down_proj"))
@@ -126,29 +155,44 @@ class MLP(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Attention and MLP with residuals. With `post_norms` their outputs are normalised as well."""
+    """Attention and MLP with residuals, and, where layers have inputs of their own, a gate that adds this one.
 
-    def __init__(self, config: ModelConfig, key: jax.Array, path: Path) -> None:
+    Gives the hidden states and what goes on from the layer, see `rl.models.cache.attend`.
+    """
+
+    def __init__(self, config: ModelConfig, shape: LayerShape, key: jax.Array, path: Path) -> None:
         self.config = config
-        size = config.hidden_size
-        self.input_layernorm = RMSNorm(config, size, key, (*path, "input_layernorm"))
-        self.self_attn = Attention(config, key, (*path, "self_attn"))
-        self.post_attention_layernorm = RMSNorm(config, size, key, (*path, "post_attention_layernorm"))
-        self.mlp = MLP(config, key, (*path, "mlp"))
-        if config.features.post_norms:
-            self.pre_feedforward_layernorm = RMSNorm(config, size, key, (*path, "pre_feedforward_layernorm"))
-            self.post_feedforward_layernorm = RMSNorm(config, size, key, (*path, "post_feedforward_layernorm"))
+        size, hidden = config.hidden_size, (config.hidden_size,)
+        for name in filter(None, config.features.norms):
+            setattr(self, name, RMSNorm(config, size, key, (*path, name)))
+        self.self_attn = Attention(config, shape, key, (*path, "self_attn"))
+        self.mlp = MLP(config, shape.mlp_size, key, (*path, "mlp"))
+        if config.per_layer_input_size:
+            own = (config.per_layer_input_size,)
+            self.per_layer_input_gate = Projection(config, hidden, own, False, key, (*path, "per_layer_input_gate"))
+            self.per_layer_projection = Projection(config, own, hidden, False, key, (*path, "per_layer_projection"))
+            self.post_per_layer_input_norm = RMSNorm(config, size, key, (*path, "post_per_layer_input_norm"))
+        if config.features.layer_scalar:
+            self.layer_scalar = _parameter(config, key, (*path, LAYER_SCALAR), (1,))
 
     def __call__(
         self, x_BTD: jax.Array, context: ops.LayerContext, layer_cache: kv.LayerCache | None = None
-    ) -> tuple[jax.Array, kv.LayerCache | None]:
-        attended_BTD, layer_cache = self.self_attn(self.input_layernorm(x_BTD), context, layer_cache)
-        if self.config.features.post_norms:
-            x_BTD = x_BTD + self.post_attention_layernorm(attended_BTD)
-            mixed_BTD = self.mlp(self.pre_feedforward_layernorm(x_BTD))
-            return x_BTD + self.post_feedforward_layernorm(mixed_BTD), layer_cache
-        x_BTD = x_BTD + attended_BTD
-        return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD)), layer_cache
+    ) -> tuple[jax.Array, Any]:
+        config, names = self.config, self.config.features.norms
+        attended_BTD, carried = self.self_attn(self._norm(names.before_attention, x_BTD), context, layer_cache)
+        x_BTD = ops.add_residual(x_BTD, self._norm(names.after_attention, attended_BTD), config)
+        mixed_BTD = self.mlp(self._norm(names.before_mlp, x_BTD))
+        x_BTD = ops.add_residual(x_BTD, self._norm(names.after_mlp, mixed_BTD), config)
+        if config.per_layer_input_size:
+            gate_BTP = ops.activation(self.per_layer_input_gate(x_BTD), config.activation)
+            added_BTD = self.per_layer_projection(gate_BTP * context.layer_input_BTP)
+            x_BTD = x_BTD + self.post_per_layer_input_norm(added_BTD)
+        if config.features.layer_scalar:
+            x_BTD = x_BTD * jax.lax.stop_gradient(self.layer_scalar[...]).astype(x_BTD.dtype)
+        return x_BTD, carried
+
+    def _norm(self, name: str | None, x_BTD: jax.Array) -> jax.Array:
+        return x_BTD if name is None else getattr(self, name)(x_BTD)
 
 
 class CausalLM(nnx.Module):
@@ -170,8 +214,14 @@ class CausalLM(nnx.Module):
         self.attention_fn, self.exchange_fn = attention_fn, exchange_fn
         key = rngs.params.key[...]
         self.embed_tokens = Embedding(config, key, ("embed_tokens",))
-        for name in self._layer_names():
-            setattr(self, name, Block(config, key, (name,)))
+        if config.per_layer_input_size:
+            hidden, own = (config.hidden_size,), (config.num_layers * config.per_layer_input_size,)
+            name, norm = "per_layer_model_projection", "per_layer_projection_norm"
+            self.embed_tokens_per_layer = LayerEmbedding(config, key, ("embed_tokens_per_layer",))
+            self.per_layer_model_projection = Projection(config, hidden, own, False, key, (name,))
+            self.per_layer_projection_norm = RMSNorm(config, config.per_layer_input_size, key, (norm,))
+        for i, name in enumerate(self._layer_names()):
+            setattr(self, name, Block(config, config.layer_shape(i), key, (name,)))
         self.norm = RMSNorm(config, config.hidden_size, key, ("norm",))
         if not config.tie_word_embeddings:
             self.lm_head = Projection(config, (config.hidden_size,), (config.vocab_size,), False, key, ("lm_head",))
@@ -184,42 +234,55 @@ class CausalLM(nnx.Module):
         contexts = ops.plain_contexts(self.config, inputs, self.attention_fn)
         x_BTD = self.embed_tokens(inputs.tokens_BT)
         x_BTD = x_BTD if self.exchange_fn is None else self.exchange_fn(x_BTD)
-        return self._run(x_BTD, contexts, [None] * self.config.num_layers)[0]
+        layer_inputs = self._layer_inputs(x_BTD, inputs.tokens_BT)
+        return self._run(x_BTD, contexts, [None] * self.config.num_layers, layer_inputs)[0]
 
     def extend(self, inputs: Inputs, cache: kv.KVCache) -> tuple[jax.Array, kv.KVCache]:
         """Final hidden states [B, T, D] of tokens appended to the cache, and the cache with them."""
         cache = kv.label_positions(cache, inputs)
         contexts = kv.cached_contexts(self.config, inputs, cache)
-        hidden_BTD, layers = self._run(self.embed_tokens(inputs.tokens_BT), contexts, kv.layer_caches(cache))
+        x_BTD = self.embed_tokens(inputs.tokens_BT)
+        layer_inputs = self._layer_inputs(x_BTD, inputs.tokens_BT)
+        hidden_BTD, layers = self._run(x_BTD, contexts, kv.layer_caches(self.config, cache), layer_inputs)
         return hidden_BTD, kv.advance(cache, layers, inputs.tokens_BT.shape[1])
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
         """Logits [..., V] in float32 or wider."""
         if self.config.tie_word_embeddings:
-            return self.embed_tokens.attend(hidden)
-        return self.lm_head(hidden, out_dtype=ops.widen(hidden.dtype))
+            return ops.finish_logits(self.embed_tokens.attend(hidden), self.config)
+        return ops.finish_logits(self.lm_head(hidden, out_dtype=ops.widen(hidden.dtype)), self.config)
+
+    def _layer_inputs(self, x_BTD: jax.Array, tokens_BT: jax.Array) -> jax.Array | None:
+        """[L, B, T, P], see `ops.layer_inputs`; None where layers have no inputs of their own."""
+        if not self.config.per_layer_input_size:
+            return None
+        of_tokens_BTE = self.embed_tokens_per_layer(tokens_BT)
+        of_tokens_BTE = of_tokens_BTE if self.exchange_fn is None else self.exchange_fn(of_tokens_BTE)
+        project, norm = self.per_layer_model_projection, self.per_layer_projection_norm
+        return ops.layer_inputs(x_BTD, of_tokens_BTE, project, norm, self.config)
 
     def _layer_names(self) -> list[str]:
         # Attributes, not a list: the parameter tree has names, and a list's state has integer keys.
         return [f"layers_{i}" for i in range(self.config.num_layers)]
 
-    def _run(self, x_BTD, contexts, caches):
+    def _run(self, x_BTD, contexts, caches, layer_inputs):
         is_scanned = scanned.is_scanned(self.config, x_BTD.shape[1])
-        x_BTD, caches = (self._scan if is_scanned else self._unrolled)(x_BTD, contexts, caches)
+        x_BTD, caches = (self._scan if is_scanned else self._unrolled)(x_BTD, contexts, caches, layer_inputs)
         return self.norm(x_BTD), caches
 
-    def _unrolled(self, x_BTD, contexts, caches):
-        new_caches = []
-        run_segment = _rematerialised(_run_layers) if self.config.remat == "full" else _run_layers
+    def _unrolled(self, x_BTD, contexts, caches, layer_inputs):
+        new_caches, read = [], {}
         for segment in ops.remat_segments(self.config):
+            run_segment = functools.partial(_run_layers, self.config, segment)
+            run_segment = _rematerialised(run_segment) if self.config.remat == "full" else run_segment
             layers = [getattr(self, self._layer_names()[i]) for i in segment]
-            own_contexts = [contexts[self.config.layer_types[i]] for i in segment]
-            x_BTD, own_caches = run_segment(layers, x_BTD, own_contexts, [caches[i] for i in segment])
+            own_contexts = [ops.layer_context(self.config, contexts, layer_inputs, i) for i in segment]
+            x_BTD, own_caches, read = run_segment(layers, x_BTD, own_contexts, [caches[i] for i in segment], read)
             new_caches.extend(own_caches)
         return x_BTD, new_caches
 
-    def _scan(self, x_BTD, contexts, caches):
-        new_caches = []
+    def _scan(self, x_BTD, contexts, caches, layer_inputs):
+        new_caches, read = [], {}
         for run in scanned.layer_runs(self.config):
             graphdef, _ = nnx.split(getattr(self, self._layer_names()[run[0]]))
             layers = [nnx.to_pure_dict(nnx.state(getattr(self, self._layer_names()[i]))) for i in run]
@@ -227,23 +290,25 @@ class CausalLM(nnx.Module):
             def apply_layer(layer_params, *arguments, graphdef=graphdef):
                 return nnx.merge(graphdef, layer_params)(*arguments)
 
-            types, own_caches = [self.config.layer_types[i] for i in run], [caches[i] for i in run]
-            x_BTD, own_caches = scanned.scan_layers(
-                self.config, apply_layer, layers, types, contexts, own_caches, x_BTD
+            own_caches = [caches[i] for i in run]
+            x_BTD, own_caches, read = scanned.scan_layers(
+                self.config, run, apply_layer, layers, contexts, own_caches, x_BTD, layer_inputs, read
             )
             new_caches.extend(own_caches)
         return x_BTD, new_caches
 
 
-def _run_layers(layers, x_BTD, contexts, caches):
-    """The hidden states after these layers, and their caches."""
+def _run_layers(config, segment, layers, x_BTD, contexts, caches, read):
+    """The hidden states after these layers, their caches, and `read` of `ops.with_source` after them."""
     new_caches = []
-    for layer, context, layer_cache in zip(layers, contexts, caches, strict=True):
-        mode = layer.config.remat
-        call = _call if mode == "none" else _rematerialised(_call, **ops.remat_options(mode))
-        x_BTD, layer_cache = call(layer, x_BTD, context, layer_cache)
-        new_caches.append(layer_cache)
-    return x_BTD, new_caches
+    call = _call if config.remat == "none" else _rematerialised(_call, **ops.remat_options(config.remat))
+    for i, layer, context, layer_cache in zip(segment, layers, contexts, caches, strict=True):
+        context = ops.with_source(config, i, context, read)
+        x_BTD, carried = call(layer, x_BTD, context, layer_cache)
+        new_caches.append(None if layer_cache is None else carried)
+        if config.layer_shape(i).is_read:
+            read = {**read, config.layer_types[i]: carried}
+    return x_BTD, new_caches, read
 
 
 def _call(layer, *arguments):

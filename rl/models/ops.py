@@ -6,7 +6,7 @@ S cache positions, V vocab, D model, N query heads, K kv heads, J = N / K query 
 
 import math
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,20 +16,23 @@ import numpy as np
 from flax import struct
 
 from rl.models.config import (
-    FULL_ATTENTION,
+    LAYER_SCALAR,
+    LAYER_TYPES,
     LORA_A,
     LORA_B,
-    SLIDING_ATTENTION,
     ModelConfig,
     RopeScaling,
     flatten_specs,
+    has_rotary,
+    has_window,
     parameter_specs,
 )
 from rl.models.inputs import Inputs
 from rl.models.quantized import QuantizedArray, Weight, dequantize
 
-# (q [B, T, N, H], k and v [B, S, K, H], mask [B, T, S], scale) -> [B, T, N, H]
-AttentionFn = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, float], jax.Array]
+# (q [B, T, N, H], k and v [B, S, K, H], mask [B, T, S], scale) -> [B, T, N, H]; where scores have a soft cap, it is one
+# more argument
+AttentionFn = Callable[..., jax.Array]
 
 # Names of the values of a layer that `remat: outputs` keeps.
 ATTENTION_OUTPUT, MLP_OUTPUT = "attention_output", "mlp_output"
@@ -59,7 +62,9 @@ def remat_segments(config: ModelConfig) -> list[range]:
 class LayerContext:
     """What layers of one attention type share: rotary tables, the mask, and masks [R, Q * T, S] of shared cache parts.
 
-    `attend` computes attention where there is no cache, see `rl.models.attention_kernels`.
+    `attend` computes attention where there is no cache, see `rl.models.attention_kernels`. `query_scale_BT` are factors
+    on queries. Two values belong to one layer: its own input [B, T, P], and what it reads of an earlier layer in place
+    of keys and values of its own: keys and values [B, T, K, H], or a `LayerCache`.
     """
 
     cos_BTH: jax.Array
@@ -67,6 +72,9 @@ class LayerContext:
     mask_BTS: jax.Array
     shared_masks_RTS: tuple[jax.Array, ...] = ()
     attend: AttentionFn | None = struct.field(pytree_node=False, default=None)
+    query_scale_BT: jax.Array | None = None
+    layer_input_BTP: jax.Array | None = None
+    shared_kv: Any = None
 
 
 class SharedRows(NamedTuple):
@@ -138,7 +146,7 @@ def initial_value(config: ModelConfig, key: jax.Array, path: Sequence[str], shap
     name = path[-1]
     if _is_drawn(name):
         return _draw(config, jax.random.fold_in(key, _path_hash(path)), name, shape)
-    value = 1.0 - config.features.norm_offset if name == "scale" else 0.0
+    value = {"scale": 1.0 - config.features.norm_offset, LAYER_SCALAR: 1.0}.get(name, 0.0)
     return jnp.full(shape, value, dtype_of(config.param_dtype))
 
 
@@ -170,7 +178,7 @@ def init_params(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
 
 
 def _is_drawn(name: str) -> bool:
-    return name not in (LORA_B, "bias", "scale")
+    return name not in (LORA_B, "bias", "scale", LAYER_SCALAR)
 
 
 def _path_hash(path: Sequence[str]) -> int:
@@ -228,27 +236,93 @@ def dense(
 
 
 def embed(embedding_VD: Weight, tokens_BT: jax.Array, config: ModelConfig) -> jax.Array:
-    """Rows of the embedding table [B, T, D] in the compute dtype, times sqrt(D) where the family scales them."""
+    """Rows of the embedding table [B, T, D] in the compute dtype, times sqrt(D) where the family scales them, and times
+    the model's multiplier.
+    """
+    x_BTD = _rows(embedding_VD, tokens_BT, config)
+    if config.features.scales_embedding:
+        return x_BTD * jnp.asarray(config.hidden_size**0.5, x_BTD.dtype)
+    return _times(x_BTD, config.embedding_multiplier)
+
+
+def embed_per_layer(embedding_VE: Weight, tokens_BT: jax.Array, config: ModelConfig) -> jax.Array:
+    """What tokens say to each layer [B, T, L * P], times sqrt(P)."""
+    x_BTE = _rows(embedding_VE, tokens_BT, config)
+    return x_BTE * jnp.asarray(config.per_layer_input_size**0.5, x_BTE.dtype)
+
+
+def _rows(embedding_VD: Weight, tokens_BT: jax.Array, config: ModelConfig) -> jax.Array:
     dtype = dtype_of(config.dtype)
     # A quantised table has rows in both values [V, D] and scale [V, 1].
     rows = jax.tree.map(lambda table: jnp.take(table, tokens_BT, axis=0), embedding_VD)
-    x_BTD = dequantize(rows, dtype) if isinstance(rows, QuantizedArray) else rows.astype(dtype)
-    return x_BTD * jnp.asarray(config.hidden_size**0.5, dtype) if config.features.scales_embedding else x_BTD
+    return dequantize(rows, dtype) if isinstance(rows, QuantizedArray) else rows.astype(dtype)
 
 
-def rms_norm(x: jax.Array, scale: jax.Array, config: ModelConfig) -> jax.Array:
+def layer_inputs(
+    x_BTD: jax.Array,
+    of_tokens_BTE: jax.Array,
+    project: Callable[[jax.Array], jax.Array],
+    norm: Callable[[jax.Array], jax.Array],
+    config: ModelConfig,
+) -> jax.Array:
+    """The input of its own of each layer [L, B, T, P] (Gemma 4 E): (norm(D^-1/2 project(x)) + of_tokens) / sqrt(2).
+
+    Args:
+      x_BTD: embeddings.
+      of_tokens_BTE: from `embed_per_layer`.
+      project, norm: [B, T, D] -> [B, T, L * P], and the norm over the last dim of [B, T, L, P].
+    """
+    shape = (*x_BTD.shape[:2], config.num_layers, config.per_layer_input_size)
+    projected = _times(project(x_BTD), config.hidden_size**-0.5).reshape(shape)
+    return jnp.moveaxis(_times(norm(projected) + of_tokens_BTE.reshape(shape), 2**-0.5), 2, 0)
+
+
+def finish_logits(logits: jax.Array, config: ModelConfig) -> jax.Array:
+    """Logits divided by the model's divisor, and under its soft cap."""
+    logits = logits if config.logits_divisor == 1 else logits / config.logits_divisor
+    return soft_cap(logits, config.logit_softcap)
+
+
+def soft_cap(x: jax.Array, cap: float | None) -> jax.Array:
+    """cap tanh(x / cap); x itself where there is no cap."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
+
+
+def add_residual(x: jax.Array, added: jax.Array, config: ModelConfig) -> jax.Array:
+    """x + added times the model's multiplier."""
+    return x + _times(added, config.residual_multiplier)
+
+
+def _times(x: jax.Array, factor: float) -> jax.Array:
+    return x if factor == 1 else x * jnp.asarray(factor, x.dtype)
+
+
+def rms_norm(x: jax.Array, scale: jax.Array | None, config: ModelConfig) -> jax.Array:
     """x / rms(x) over the last dim, times (scale + the family's `norm_offset`), computed in float32 or wider; x's
-    dtype.
+    dtype. Without `scale`, x / rms(x).
 
     Zhang and Sennrich, "Root Mean Square Layer Normalization", https://arxiv.org/abs/1910.07467
     """
     wide = widen(x.dtype)
     x_wide = x.astype(wide)
-    y = x_wide * jax.lax.rsqrt(jnp.mean(jnp.square(x_wide), axis=-1, keepdims=True) + config.norm_eps)
+    mean = jnp.mean(jnp.square(x_wide), axis=-1, keepdims=True) + config.norm_eps
+    # XLA for CPU rounds the power better, which models of Gemma 4 feel.
+    y = x_wide * (jnp.power(mean, -0.5) if config.features.rounds_norm_once else jax.lax.rsqrt(mean))
+    if scale is None:
+        return y.astype(x.dtype)
     if config.features.norm_offset:
         return (y * (config.features.norm_offset + scale.astype(wide))).astype(x.dtype)
+    if config.features.rounds_norm_once:
+        return (y * scale.astype(wide)).astype(x.dtype)
     # Other families round before they scale; in float32 there is no difference.
     return y.astype(x.dtype) * scale.astype(x.dtype)
+
+
+def norm_heads(x_BTNH: jax.Array, norm: Callable[[jax.Array], jax.Array], config: ModelConfig) -> jax.Array:
+    """Queries or keys normalised in each head, or over all heads together where the family does."""
+    if not config.features.qk_norm_of_all:
+        return norm(x_BTNH)
+    return norm(x_BTNH.reshape(*x_BTNH.shape[:2], -1)).reshape(x_BTNH.shape)
 
 
 def activation(x: jax.Array, name: str) -> jax.Array:
@@ -269,7 +343,12 @@ def rope_frequencies(rotary_dim: int, theta: float, scaling: RopeScaling) -> np.
 
     Su et al., https://arxiv.org/abs/2104.09864. "llama3": pairs with a wavelength above original / low_freq_factor are
     slowed by `factor`, pairs below original / high_freq_factor are kept, and pairs in between are blended
-    (https://github.com/meta-llama/llama-models, apply_scaling).
+    (https://github.com/meta-llama/llama-models, apply_scaling). "yarn": pairs that turn less than beta_slow times over
+    the original length are slowed, those that turn more than beta_fast times are kept, and the pairs in between are
+    blended by their number (Peng et al., https://arxiv.org/abs/2309.00071, section 3.2). "longrope": each pair is
+    slowed by a number of its own, of which there is a set for short and one for long runs (Ding et al.,
+    https://arxiv.org/abs/2402.13753). "proportional": the first pairs turn as in a head that is rotated whole, divided
+    by `factor`; the others do not turn.
     """
     frequencies = theta ** -(np.arange(0, rotary_dim, 2, dtype=np.float64) / rotary_dim)
     if scaling.kind == "linear":
@@ -279,29 +358,90 @@ def rope_frequencies(rotary_dim: int, theta: float, scaling: RopeScaling) -> np.
         span = scaling.high_freq_factor - scaling.low_freq_factor
         kept = np.clip((turns - scaling.low_freq_factor) / span, 0.0, 1.0)
         return kept * frequencies + (1.0 - kept) * frequencies / scaling.factor
+    if scaling.kind == "yarn":
+        low, high = _yarn_borders(rotary_dim, theta, scaling)
+        kept = 1.0 - np.clip((np.arange(rotary_dim // 2) - low) / (high - low), 0.0, 1.0)
+        return kept * frequencies + (1.0 - kept) * frequencies / scaling.factor
+    if scaling.kind == "longrope":
+        return frequencies / np.asarray(scaling.long_factor if scaling.is_long else scaling.short_factor)
+    if scaling.kind == "proportional":
+        turning = int(scaling.share * rotary_dim // 2)
+        return np.where(np.arange(rotary_dim // 2) < turning, frequencies / scaling.factor, 0.0)
     return frequencies
 
 
-def rope_tables(positions_BT: jax.Array, frequencies: np.ndarray, dtype: Any) -> tuple[jax.Array, jax.Array]:
-    """cos and sin [B, T, H / 2] of position times frequency, in float32 or wider."""
+def _yarn_borders(rotary_dim: int, theta: float, scaling: RopeScaling) -> tuple[float, float]:
+    """The numbers of the pairs that turn beta_fast and beta_slow times over the original length."""
+
+    def pair_that_turns(times: float) -> float:
+        length = scaling.original_max_position_embeddings
+        return rotary_dim * math.log(length / (times * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = pair_that_turns(scaling.beta_fast), pair_that_turns(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, rotary_dim - 1)
+    return low, high + 0.001 if low == high else high
+
+
+def rope_factor(scaling: RopeScaling) -> float:
+    """The factor on cos and sin.
+
+    "yarn": 0.1 log(factor) + 1, or the quotient of two such numbers with mscale and mscale_all_dim before the log (Peng
+    et al., section 3.4). "longrope": sqrt(1 + log(factor) / log(original length)). `attention_factor` replaces both.
+    """
+    if scaling.kind not in ("yarn", "longrope"):
+        return 1.0
+    if scaling.attention_factor is not None:
+        return scaling.attention_factor
+    if scaling.factor <= 1:
+        return 1.0
+    grown = math.log(scaling.factor)
+    if scaling.kind == "longrope":
+        return math.sqrt(1 + grown / math.log(scaling.original_max_position_embeddings))
+    if scaling.mscale and scaling.mscale_all_dim:
+        return (0.1 * scaling.mscale * grown + 1.0) / (0.1 * scaling.mscale_all_dim * grown + 1.0)
+    return 0.1 * grown + 1.0
+
+
+def rope_tables(
+    positions_BT: jax.Array, frequencies: np.ndarray, dtype: Any, factor: float = 1.0
+) -> tuple[jax.Array, jax.Array]:
+    """cos and sin [B, T, H / 2] of position times frequency, times `factor`, in float32 or wider.
+
+    Angles are rounded to float32 in any case, as in the programs that models were trained with.
+    """
     wide = widen(dtype)
-    angles = positions_BT.astype(wide)[..., None] * jnp.asarray(frequencies, wide)
-    return jnp.cos(angles), jnp.sin(angles)
+    angles = positions_BT.astype(wide)[..., None] * jnp.asarray(frequencies.astype(np.float32), wide)
+    if wide != jnp.float32:
+        angles = jax.lax.reduce_precision(angles, exponent_bits=8, mantissa_bits=23)
+    return _times(jnp.cos(angles), factor), _times(jnp.sin(angles), factor)
 
 
-def apply_rope(x_BTNH: jax.Array, cos_BTH: jax.Array, sin_BTH: jax.Array) -> jax.Array:
+def apply_rope(x_BTNH: jax.Array, cos_BTH: jax.Array, sin_BTH: jax.Array, interleaved: bool = False) -> jax.Array:
     """Rotates pairs (i, i + R / 2) of the first R dims of every head by the position's angles; x's dtype.
 
-    R is twice the last dim of `cos_BTH`; with `rotary_share` 1 it is H.
+    R is twice the last dim of `cos_BTH`; with `rotary_share` 1 it is H. If `interleaved`, pairs are (2 i, 2 i + 1).
     """
     rotary_dim = 2 * cos_BTH.shape[-1]
     if rotary_dim < x_BTNH.shape[-1]:
         rotated_BTNH, kept_BTNH = x_BTNH[..., :rotary_dim], x_BTNH[..., rotary_dim:]
-        return jnp.concatenate([apply_rope(rotated_BTNH, cos_BTH, sin_BTH), kept_BTNH], axis=-1)
+        return jnp.concatenate([apply_rope(rotated_BTNH, cos_BTH, sin_BTH, interleaved), kept_BTNH], axis=-1)
     cos, sin = cos_BTH[:, :, None, :], sin_BTH[:, :, None, :]
-    first, second = jnp.split(x_BTNH.astype(cos.dtype), 2, axis=-1)
+    wide = x_BTNH.astype(cos.dtype)
+    if interleaved:
+        first, second = wide[..., 0::2], wide[..., 1::2]
+        rotated = jnp.stack([first * cos - second * sin, second * cos + first * sin], axis=-1)
+        return rotated.reshape(x_BTNH.shape).astype(x_BTNH.dtype)
+    first, second = jnp.split(wide, 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(x_BTNH.dtype)
+
+
+def scale_queries(q_BTNH: jax.Array, context: LayerContext) -> jax.Array:
+    """Queries times the factors of their positions, where the context has any."""
+    factors_BT = context.query_scale_BT
+    return q_BTNH if factors_BT is None else q_BTNH * factors_BT[..., None, None].astype(q_BTNH.dtype)
 
 
 # Attention
@@ -330,7 +470,14 @@ def visible(
     return mask if window is None else mask & (distance < window)
 
 
-def attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: jax.Array, scale: float) -> jax.Array:
+def attention(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    mask_BTS: jax.Array,
+    scale: float,
+    softcap: float | None = None,
+) -> jax.Array:
     """Softmax attention with grouped heads [B, T, N, H]: query heads [k * N / K, (k + 1) * N / K) read kv head k.
 
     Scores and softmax in float32 or wider. A query that sees no key at all gets the plain mean of the values.
@@ -339,7 +486,8 @@ def attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS:
     q_BTKJH = q_BTNH.reshape(num_sequences, num_tokens, k_BSKH.shape[2], -1, head_dim)
     wide = widen(q_BTNH.dtype)
     scores_BKTJS = jnp.einsum("BTKJH,BSKH->BKTJS", q_BTKJH, k_BSKH, preferred_element_type=wide)
-    scores_BKTJS = jnp.where(mask_BTS[:, None, :, None, :], scores_BKTJS * scale, _masked_score(wide))
+    scores_BKTJS = soft_cap(scores_BKTJS * scale, softcap)
+    scores_BKTJS = jnp.where(mask_BTS[:, None, :, None, :], scores_BKTJS, _masked_score(wide))
     weights_BKTJS = jax.nn.softmax(scores_BKTJS, axis=-1).astype(q_BTNH.dtype)
     output_BTKJH = jnp.einsum("BKTJS,BSKH->BTKJH", weights_BKTJS, v_BSKH)
     return output_BTKJH.reshape(num_sequences, num_tokens, num_heads, head_dim)
@@ -355,7 +503,18 @@ class _Partial(NamedTuple):
     highest_BTKJ: jax.Array
 
 
-def attention_over_parts(q_BTNH: jax.Array, parts: Sequence[AttentionPart], scale: float) -> jax.Array:
+def attend_tokens(
+    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, context: LayerContext, config: ModelConfig
+) -> jax.Array:
+    """Attention of tokens to one another [B, T, N, H], by the context's kernel."""
+    assert context.attend is not None
+    cap = () if config.attention_softcap is None else (config.attention_softcap,)
+    return context.attend(q_BTNH, k_BTKH, v_BTKH, context.mask_BTS, config.attention_scale, *cap)
+
+
+def attention_over_parts(
+    q_BTNH: jax.Array, parts: Sequence[AttentionPart], scale: float, softcap: float | None = None
+) -> jax.Array:
     """One softmax over the cached keys of all parts [B, T, N, H]; scores and sums in float32 or wider.
 
     Each part is read in place, and a shared row once for all its readers. The partial results are merged as in Dao et
@@ -364,7 +523,7 @@ def attention_over_parts(q_BTNH: jax.Array, parts: Sequence[AttentionPart], scal
     """
     num_sequences, num_tokens, num_heads, head_dim = q_BTNH.shape
     q_BTKJH = q_BTNH.reshape(num_sequences, num_tokens, parts[0].keys_RKHS.shape[1], -1, head_dim)
-    partials = [_attend_shared(q_BTKJH, part, scale) if part.rows else _attend(q_BTKJH, part, scale) for part in parts]
+    partials = [(_attend_shared if part.rows else _attend)(q_BTKJH, part, scale, softcap) for part in parts]
     highest_BTKJ = partials[0].highest_BTKJ
     for other in partials[1:]:
         highest_BTKJ = jnp.maximum(highest_BTKJ, other.highest_BTKJ)
@@ -388,11 +547,11 @@ def to_readers(x: jax.Array, rows: SharedRows, num_rows: int) -> jax.Array:
     return take_in_shards(x, rows.readers).reshape(num_rows, -1, *x.shape[1:])
 
 
-def _attend_shared(q_BTKJH: jax.Array, part: AttentionPart, scale: float) -> _Partial:
+def _attend_shared(q_BTKJH: jax.Array, part: AttentionPart, scale: float, softcap: float | None) -> _Partial:
     assert part.rows is not None
     num_rows, num_tokens = part.keys_RKHS.shape[0], q_BTKJH.shape[1]
     q_RQTKJH = to_readers(q_BTKJH, part.rows, num_rows)
-    partial = _attend(q_RQTKJH.reshape(num_rows, -1, *q_BTKJH.shape[2:]), part, scale)
+    partial = _attend(q_RQTKJH.reshape(num_rows, -1, *q_BTKJH.shape[2:]), part, scale, softcap)
     partial = _Partial(*(x.reshape(-1, num_tokens, *x.shape[2:]) for x in partial))  # by row and reader [E, T, ...]
     if part.rows.places is None:
         return _merge_rows(partial, part.rows)
@@ -425,14 +584,15 @@ def _merge_rows(partial: _Partial, rows: SharedRows) -> _Partial:
     return _Partial(output_BTKJH, total(weight_ETKJ * partial.total_BTKJ), highest_BTKJ)
 
 
-def _attend(q_RTKJH: jax.Array, part: AttentionPart, scale: float) -> _Partial:
+def _attend(q_RTKJH: jax.Array, part: AttentionPart, scale: float, softcap: float | None) -> _Partial:
     dtype = q_RTKJH.dtype
     wide = widen(dtype)
     # Both products take the cache as it lies, with rows and kv heads as leading batch dims.
     scores_RKTJS = jnp.einsum("RTKJH,RKHS->RKTJS", q_RTKJH, part.keys_RKHS.astype(dtype), preferred_element_type=wide)
     if part.key_scales_RKS is not None:
         scores_RKTJS = scores_RKTJS * part.key_scales_RKS[:, :, None, None]
-    scores_RKTJS = jnp.where(part.mask_RTS[:, None, :, None, :], scores_RKTJS * scale, _masked_score(wide))
+    scores_RKTJS = soft_cap(scores_RKTJS * scale, softcap)
+    scores_RKTJS = jnp.where(part.mask_RTS[:, None, :, None, :], scores_RKTJS, _masked_score(wide))
     highest_RKTJ = jnp.max(scores_RKTJS, axis=-1)
     weights_RKTJS = jnp.exp(scores_RKTJS - highest_RKTJ[..., None])
     total_RKTJ = jnp.sum(weights_RKTJS, axis=-1)
@@ -453,22 +613,51 @@ def _masked_score(dtype: Any) -> jax.Array:
 
 
 def layer_rope(config: ModelConfig, positions_BT: jax.Array, layer_type: str) -> tuple[jax.Array, jax.Array]:
-    """cos and sin [B, T, R / 2] for the layers of one type: sliding layers use their own theta, unscaled."""
-    if layer_type == SLIDING_ATTENTION:
-        frequencies = rope_frequencies(config.rotary_dim, config.rope_local_theta, RopeScaling())
-    else:
-        frequencies = rope_frequencies(config.rotary_dim, config.rope_theta, config.rope_scaling)
-    return rope_tables(positions_BT, frequencies, dtype_of(config.dtype))
+    """cos and sin [B, T, R / 2] for the layers of one type; those without rotary positions turn by no angle."""
+    rotated_dims, theta, scaling = config.rope_of(layer_type)
+    if not has_rotary(layer_type):
+        return rope_tables(positions_BT, np.zeros(rotated_dims // 2), dtype_of(config.dtype))
+    frequencies = rope_frequencies(rotated_dims, theta, scaling)
+    return rope_tables(positions_BT, frequencies, dtype_of(config.dtype), rope_factor(scaling))
+
+
+def query_scale(config: ModelConfig, positions_BT: jax.Array, layer_type: str) -> jax.Array | None:
+    """Factors on queries [B, T] by their position p: 1 + beta log(1 + floor(p / original length)); None: there are
+    none.
+    """
+    _, _, scaling = config.rope_of(layer_type)
+    if scaling.query_scale_beta is None:
+        return None
+    wide = widen(dtype_of(config.dtype))
+    spans_BT = jnp.floor_divide(positions_BT, scaling.original_max_position_embeddings).astype(wide)
+    return 1 + jnp.asarray(scaling.query_scale_beta, wide) * jnp.log1p(spans_BT)
+
+
+def layer_context(
+    config: ModelConfig, contexts: Mapping[str, LayerContext], inputs_LBTP: jax.Array | None, index: int
+) -> LayerContext:
+    """The context of one layer: that of its type, with its own input where layers have one."""
+    context = contexts[config.layer_types[index]]
+    return context if inputs_LBTP is None else context.replace(layer_input_BTP=inputs_LBTP[index])
+
+
+def with_source(config: ModelConfig, index: int, context: LayerContext, read: Mapping[str, Any]) -> LayerContext:
+    """The context with what a layer reads of an earlier one. `read`: {layer type: what its last layer with keys
+    gave}.
+    """
+    if config.kv_source(index) is None:
+        return context
+    return context.replace(shared_kv=read[config.layer_types[index]])
 
 
 def layer_window(config: ModelConfig, layer_type: str) -> int | None:
     """The window of a layer of this type in positions; None for full attention."""
-    return config.sliding_window if layer_type == SLIDING_ATTENTION else None
+    return config.sliding_window if has_window(layer_type) else None
 
 
 def used_layer_types(config: ModelConfig) -> tuple[str, ...]:
     """The attention types that occur in the model, in a fixed order."""
-    return tuple(name for name in (FULL_ATTENTION, SLIDING_ATTENTION) if name in config.layer_types)
+    return tuple(name for name in LAYER_TYPES if name in config.layer_types)
 
 
 def plain_contexts(config: ModelConfig, inputs: Inputs, attend: AttentionFn) -> dict[str, LayerContext]:
@@ -476,5 +665,7 @@ def plain_contexts(config: ModelConfig, inputs: Inputs, attend: AttentionFn) -> 
     contexts = {}
     for layer_type in used_layer_types(config):
         mask = visible(*inputs.labels, *inputs.labels, window=layer_window(config, layer_type))
-        contexts[layer_type] = LayerContext(*layer_rope(config, inputs.positions_BT, layer_type), mask, attend=attend)
+        tables = layer_rope(config, inputs.positions_BT, layer_type)
+        factors_BT = query_scale(config, inputs.positions_BT, layer_type)
+        contexts[layer_type] = LayerContext(*tables, mask, attend=attend, query_scale_BT=factors_BT)
     return contexts

@@ -20,11 +20,11 @@ import jax.numpy as jnp
 
 from rl.models import ops
 from rl.models.cache import LayerCache, LayerKV
-from rl.models.config import ModelConfig, parameter_specs
+from rl.models.config import LayerShape, ModelConfig, parameter_specs
 from rl.models.quantized import chosen_matrices, is_quantized
 
-# (parameters of a layer, x [B, T, D], its context, its cache or None) -> (x [B, T, D], the cache)
-ApplyLayer = Callable[[Any, jax.Array, ops.LayerContext, LayerCache | None], tuple[jax.Array, LayerCache | None]]
+# (parameters of a layer, x [B, T, D], its context, its cache or None) -> (x [B, T, D], what goes on from the layer)
+ApplyLayer = Callable[[Any, jax.Array, ops.LayerContext, LayerCache | None], tuple[jax.Array, Any]]
 
 
 def is_scanned(config: ModelConfig, num_tokens: int) -> bool:
@@ -37,16 +37,16 @@ def is_scanned(config: ModelConfig, num_tokens: int) -> bool:
 def layer_runs(config: ModelConfig) -> list[range]:
     """Consecutive layers whose parameters have the same names and shapes, so that they can be stacked.
 
-    A decoder is one run, unless only some of its layers have adapters or quantised matrices. Attention types may
-    differ.
+    A decoder is one run, unless only some of its layers have adapters or quantised matrices, or layers differ in size,
+    or in which keys and values they read. Attention types may differ.
     """
     specs = parameter_specs(config)
     quantized = set() if config.quantization is None else set(chosen_matrices(config, config.quantization))
 
-    def kind(index: int) -> tuple[Any, frozenset[str]]:
+    def kind(index: int) -> tuple[Any, frozenset[str], LayerShape]:
         prefix = f"layers_{index}/"
         names = frozenset(name.removeprefix(prefix) for name in quantized if name.startswith(prefix))
-        return specs[f"layers_{index}"], names
+        return specs[f"layers_{index}"], names, config.layer_shape(index)
 
     runs = itertools.groupby(range(config.num_layers), key=kind)
     return [range(layers[0], layers[-1] + 1) for layers in (list(run) for _, run in runs)]
@@ -85,30 +85,41 @@ def _scanned_names(config: Any, tree: Mapping[str, Any]) -> list[list[str]]:
 
 def scan_layers(
     config: ModelConfig,
+    run: Sequence[int],
     apply_layer: ApplyLayer,
     layers: Sequence[Any],
-    layer_types: Sequence[str],
     contexts: Mapping[str, ops.LayerContext],
     caches: Sequence[LayerCache | None],
     x_BTD: jax.Array,
-) -> tuple[jax.Array, list[LayerCache | None]]:
-    """Hidden states [B, T, D] after `layers`, whose trees have the same structure, and the layers' caches.
+    inputs_LBTP: jax.Array | None,
+    read: Mapping[str, Any],
+) -> tuple[jax.Array, list[LayerCache | None], dict[str, Any]]:
+    """Hidden states [B, T, D] after the layers of a run, the layers' caches, and `read` after them.
 
     Args:
+      run: the numbers of the layers, from `layer_runs`.
       apply_layer: applies one layer, without rematerialisation of its own.
-      layer_types: the attention type of each layer; `contexts` has a context for each.
+      layers: the parameters of each layer.
+      contexts: a context for each attention type.
       caches: the cache of each layer; None for every layer where tokens attend to one another, as in training.
+      inputs_LBTP: the input of its own of every layer of the model, where layers have one.
+      read: see `ops.with_source`.
     """
+    layer_types = [config.layer_types[i] for i in run]
     used = [name for name in contexts if name in layer_types]
+    first = {name: run[layer_types.index(name)] for name in used}
+    contexts = {name: ops.with_source(config, first[name], contexts[name], read) for name in used}
     stacked_contexts = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(contexts[name] for name in used))
     types_L = jnp.asarray([used.index(name) for name in layer_types], jnp.int32)
+    is_read = any(config.layer_shape(i).is_read for i in run)
 
-    def step(x_BTD: jax.Array, layer: tuple[Any, jax.Array, LayerCache | None]) -> tuple[jax.Array, LayerKV | None]:
-        params, layer_type, cache = layer
+    def step(x_BTD: jax.Array, layer: tuple[Any, ...]) -> tuple[jax.Array, Any]:
+        params, layer_type, cache, input_BTP = layer
         # With one type there is no choice, which would keep the masks once for each layer.
         context = contexts[used[0]] if len(used) == 1 else jax.tree.map(lambda x: x[layer_type], stacked_contexts)
-        x_BTD, cache = apply_layer(params, x_BTD, context, cache)
-        return x_BTD, None if cache is None else cache.own
+        context = context if input_BTP is None else context.replace(layer_input_BTP=input_BTP)
+        x_BTD, carried = apply_layer(params, x_BTD, context, cache)
+        return x_BTD, carried if cache is None else carried.own
 
     remat = "none" if caches[0] is not None else config.remat  # with a cache there is no backward pass
     if remat != "none":
@@ -117,22 +128,27 @@ def scan_layers(
         step = jax.checkpoint(step, prevent_cse=False, **ops.remat_options(remat))
 
     stacked_params = jax.tree.map(lambda *leaves: _stack(config, leaves), *layers, is_leaf=is_quantized)
-    stacked = (stacked_params, types_L, jax.tree.map(lambda *leaves: jnp.stack(leaves), *caches))
-    if remat != "full":
+    own_inputs = None if inputs_LBTP is None else inputs_LBTP[run[0] : run[-1] + 1]
+    stacked = (stacked_params, types_L, jax.tree.map(lambda *leaves: jnp.stack(leaves), *caches), own_inputs)
+    if remat != "full" or is_read:
         x_BTD, own = jax.lax.scan(step, x_BTD, stacked)
-        return x_BTD, [_with_own(cache, own, i) for i, cache in enumerate(caches)]
+        new_caches = [_with_own(cache, own, i) for i, cache in enumerate(caches)]
+        for i, layer in enumerate(run) if is_read else ():
+            carried = jax.tree.map(operator.itemgetter(i), own) if new_caches[i] is None else new_caches[i]
+            read = {**read, config.layer_types[layer]: carried}
+        return x_BTD, new_caches, dict(read)
 
-    def run(x_BTD: jax.Array, stacked: Any) -> tuple[jax.Array, None]:
+    def run_segment(x_BTD: jax.Array, stacked: Any) -> tuple[jax.Array, None]:
         return jax.lax.scan(step, x_BTD, stacked)[0], None
 
     size = len(ops.remat_segments(config)[0])
     num_whole = len(layers) // size * size
     segments = jax.tree.map(lambda leaf: leaf[:num_whole].reshape(-1, size, *leaf.shape[1:]), stacked)
-    segment = jax.checkpoint(run, prevent_cse=False)
+    segment = jax.checkpoint(run_segment, prevent_cse=False)
     x_BTD, _ = jax.lax.scan(segment, x_BTD, segments)
     if num_whole < len(layers):
         x_BTD, _ = segment(x_BTD, jax.tree.map(lambda leaf: leaf[num_whole:], stacked))
-    return x_BTD, list(caches)
+    return x_BTD, list(caches), dict(read)
 
 
 def _with_own(cache: LayerCache | None, own: LayerKV | None, index: int) -> LayerCache | None:

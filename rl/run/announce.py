@@ -74,7 +74,7 @@ def announce(
     packing: PackingPlan,
 ) -> None:
     """Prints where the run computes, its data, and the keys of its preset."""
-    for message in (*data.messages, *foreign.notes(policy), *run.folder.messages):
+    for message in (*data.messages, *origin.messages, *foreign.notes(policy), *run.folder.messages):
         console.message(message)
     if problem := foreign.unsharded(policy, mesh.size):
         console.warning(problem)
@@ -119,7 +119,7 @@ def announce_supervised(
     run: RunOutput,
 ) -> None:
     """The same for supervised fine-tuning."""
-    for message in (*pairs.messages, *foreign.notes(policy), *run.folder.messages):
+    for message in (*pairs.messages, *origin.messages, *foreign.notes(policy), *run.folder.messages):
         console.message(message)
     rows = {
         "run folder": run.path,

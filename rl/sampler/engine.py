@@ -29,6 +29,7 @@ from rl.models.cache import (
     LABELS,
     CachePart,
     LayerKV,
+    cached_layers,
     empty_part,
     map_arrays,
     named_arrays,
@@ -635,7 +636,7 @@ class Engine:
 
     def _part_shardings(self, mesh: Mesh, rules: Mapping[str, Sequence[str]]) -> dict[str, NamedSharding]:
         config = self.policy.config
-        heads = partition_spec(("batch", "kv_heads"), (self.num_shards, config.num_kv_heads), mesh, rules)
+        heads = partition_spec(("batch", "kv_heads"), (self.num_shards, config.common_kv_heads), mesh, rules)
         heads = NamedSharding(mesh, heads)
         arrays = dict.fromkeys(LayerKV._fields, heads)
         return {**arrays, **dict.fromkeys(LABELS, self._rows)}
@@ -644,7 +645,7 @@ class Engine:
         scales = self._array_shardings["key_scales"] if self._kv_dtype else None
         layer = LayerKV(self._array_shardings["keys"], self._array_shardings["values"], scales, scales)  # pyright: ignore[reportArgumentType]
         labels = (self._array_shardings["positions"],) * 3
-        return CachePart((layer,) * self.policy.config.num_layers, *labels)  # pyright: ignore[reportArgumentType]
+        return CachePart((layer,) * len(cached_layers(self.policy.config)), *labels)  # pyright: ignore[reportArgumentType]
 
     def _abstract_part(self, num_rows: int, length: int) -> Any:
         return jax.eval_shape(partial(empty_part, self.policy.config, num_rows, length, self._kv_dtype))

@@ -35,6 +35,7 @@ class Origin:
       adapter: folder of the adapter from which training starts; None for a fresh adapter, or no adapters.
       allow_nonfinite: whether the files may hold NaN and infinity.
       clock: the time that the chat template is told; None where it asks for none.
+      messages: what the start is to say of the model: weights that are not read, and which rotary table the run has.
     """
 
     model_config: ModelConfig
@@ -43,6 +44,7 @@ class Origin:
     adapter: pathlib.Path | None = None
     allow_nonfinite: bool = False
     clock: str | None = None
+    messages: tuple[str, ...] = ()
 
 
 def tokenizer_from_config(config: Config) -> Tokenizer:
@@ -79,18 +81,31 @@ def _origin(config: Config, tokenizer: Tokenizer) -> Origin:
         return _foreign_origin(config, tokenizer)
     folder = None if config.model.source is None else pathlib.Path(resolve_source(config.model.source))
     model_config = model_shape(config, tokenizer, folder)
+    messages = rope_messages(model_config)
     if folder is None:
         identity: dict[str, Any] = {"source": None, "seed": config.seed}
     else:
         files = _files_of(folder)
-        files.check_weights(folder, model_config)
+        locations = files.check_weights(folder, model_config)
+        messages += hf.skipped_messages(folder, locations)
         identity = {"source": config.model.source, "hash": files.weights_hash(folder)}
     if config.lora.adapter is None:
-        return Origin(model_config, folder, identity)
+        return Origin(model_config, folder, identity, messages=tuple(messages))
     adapter = local_copy(config.lora.adapter)
     check_adapter(adapter, model_config)
     identity |= {"adapter": config.lora.adapter, "adapter_hash": adapter_hash(adapter)}
-    return Origin(model_config, folder, identity, adapter)
+    return Origin(model_config, folder, identity, adapter, messages=tuple(messages))
+
+
+def rope_messages(model_config: ModelConfig) -> list[str]:
+    """Which rotary table a run has, where it depends on the run's length."""
+    scaling = model_config.rope_scaling
+    if scaling.kind != "longrope" or scaling.longest is None:
+        return []
+    name, sign = ("long", ">") if scaling.is_long else ("short", "<=")
+    original = f"{scaling.original_max_position_embeddings} (original_max_position_embeddings)"
+    message = f"rotary positions: the {name} table of longrope in the whole run, because prompt and completion may have"
+    return [f"{message} {scaling.longest} tokens, {sign} {original}"]
 
 
 def reward_model_identity(
@@ -141,6 +156,7 @@ def model_shape(config: Config, tokenizer: Tokenizer, folder: pathlib.Path | Non
         )
     else:
         model_config = read_config(folder)
+    model_config = model_config.for_length(config.data.max_prompt_length + config.longest_completion)
     _check_vocabulary(tokenizer, model_config)
     model_config = dataclasses.replace(
         model_config,

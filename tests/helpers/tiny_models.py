@@ -7,6 +7,8 @@ from rl.models.cache import KVCache, empty_part
 from rl.models.config import ModelConfig, flatten_specs, parameter_specs
 
 VOCAB = 97
+# They stand for the families in tests of what does not ask for a family; tests/models/test_families.py has all of them.
+FAMILIES = ("llama", "qwen2", "qwen3", "gemma3_text")
 
 
 def tiny_config(family="llama", **changes):

@@ -187,8 +187,8 @@ def test_eos_ids_of_both_files_are_joined(tmp_path):
         ("llama_tied", {"architectures": ["LlamaForSequenceClassification"]}, "architectures must be"),
         (
             "llama_tied",
-            {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}},
-            "rope_parameters\\.rope_type must be one of .* got 'yarn'",
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0}},
+            "rope_parameters\\.rope_type must be one of .* got 'dynamic'",
         ),
         ("llama_tied", {"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "got 'dynamic'"),
         ("llama_tied", {"rope_scaling": {"type": "linear"}}, "rope_scaling\\.factor must be a number from"),

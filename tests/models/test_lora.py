@@ -14,7 +14,6 @@ from rl.config.load import load_config
 from rl.devices.mesh import create_mesh
 from rl.models import ops
 from rl.models.config import LORA_A, LORA_B, LoRAConfig, ModelConfig, flatten_specs, parameter_specs
-from rl.models.families import FAMILIES
 from rl.models.flavours import LinenPolicy, NNXPolicy, policy_from_config
 from rl.models.inputs import plain_inputs
 from rl.models.lora import freeze, join, merge, split, unmerge
@@ -22,7 +21,7 @@ from rl.models.train_state import pure_state
 from rl.state.optimizer import create_training_optimizer
 from rl.state.states import InitStateFn, frozen_reference, get_abstract_state, setup_training_state
 from rl.training.train_step import jit_train_step
-from tests.helpers.tiny_models import VOCAB, init_cache, noisy_params, tiny_config
+from tests.helpers.tiny_models import FAMILIES, VOCAB, init_cache, noisy_params, tiny_config
 from tests.training import test_train_step as packed
 
 FLAVOURS = ["nnx", "linen"]

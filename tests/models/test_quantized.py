@@ -18,7 +18,6 @@ from rl.config.load import load_config
 from rl.devices.mesh import create_mesh, tree_shardings
 from rl.models import ops
 from rl.models.config import QUANTIZED_DTYPES, Quantization, logical_axes
-from rl.models.families import FAMILIES
 from rl.models.flavours import LinenPolicy, NNXPolicy, create_policy
 from rl.models.inputs import plain_inputs
 from rl.models.quantized import (
@@ -31,7 +30,7 @@ from rl.models.quantized import (
     tile_of,
     unpack,
 )
-from tests.helpers.tiny_models import VOCAB, init_cache, noisy_params, tiny_config
+from tests.helpers.tiny_models import FAMILIES, VOCAB, init_cache, noisy_params, tiny_config
 
 
 def batch_of(num_rows=2, num_tokens=6):

@@ -17,7 +17,6 @@ from rl.config.load import load_config
 from rl.data.tokenizer import load_tokenizer
 from rl.grpo_trainer import train
 from rl.models.config import Quantization
-from rl.models.families import FAMILIES
 from rl.models.files.hf import load_params, read_config, save_folder, write_model_files
 from rl.models.flavours import create_policy
 from rl.models.inputs import Inputs
@@ -27,7 +26,7 @@ from rl.models.quantized import QuantizedArray, dequantize, quantize_params
 from rl.tools.quantization.quantize import quantize_folder
 from rl.tools.trained import load_checkpoint, load_start
 from tests.helpers.places import REWARDS, ROOT
-from tests.helpers.tiny_models import noisy_params, tiny_config
+from tests.helpers.tiny_models import FAMILIES, noisy_params, tiny_config
 
 ATTENTION = (r"self_attn/\w+/kernel$",)
 # Of each family another way of quantising, so that all of them, and all families, are seen.

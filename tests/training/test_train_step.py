@@ -28,7 +28,6 @@ from rl.config.load import Config, load_config
 from rl.devices.mesh import create_mesh, no_implicit_transfers
 from rl.devices.programs import Stored, stored_programs
 from rl.models.config import LoRAConfig, ModelConfig, flatten_specs, parameter_specs
-from rl.models.families import FAMILIES
 from rl.models.flavours import create_policy
 from rl.models.inputs import plain_inputs
 from rl.models.lora import split
@@ -41,6 +40,7 @@ from rl.training.packing import PackingPlan, TrainCompletion, TrainGroup, pack
 from rl.training.shaped_inputs import plan_minibatches
 from rl.training.train_step import TRAIN_STEP, Minibatch, jit_train_step, token_logprobs_program
 from rl.training.update import ENTROPIES, LOGPROBS, Updater, bare_batch, train_step_options
+from tests.helpers.tiny_models import FAMILIES
 
 # No other dim of the tiny model is 88: arrays over the vocabulary are known by their shape. 8 devices divide it.
 VOCAB = 88

@@ -13,7 +13,7 @@ import pathlib
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,15 @@ import numpy as np
 from rl.errors import missing
 from rl.files.json_file import briefly, check_files, read_object, shown
 from rl.files.stores import local_copy
-from rl.models.config import ModelConfig, ParameterSpec, base_specs, flatten_specs, leaf_at
+from rl.models.config import (
+    LAYER_SCALAR,
+    ModelConfig,
+    ParameterSpec,
+    base_specs,
+    flatten_specs,
+    leaf_at,
+    spec_at,
+)
 from rl.models.files.finite import as_finite, check_finite
 from rl.models.files.folders import new_folder, open_tensors, put_shards, save_tensors, set_leaf, write_json
 from rl.models.files.hf_config import config_json, generation_json, read_config
@@ -42,6 +50,34 @@ QUANTIZED_TYPES = {"int8": ("I8",), "int4": ("U8",), "float8_e4m3fn": ("U8",)}
 SHAPE_PATTERNS = ("*.json", "*.model", "*.txt", "*.jinja")  # of a hub repository or a folder: all but weights
 HUB_PATTERNS = (*SHAPE_PATTERNS, "*.safetensors")
 _RULE = "a Hugging Face folder or a hub id that this machine can reach"
+# {what: the tensors of a folder that the text model does not compute}, under the names of a text model.
+_UNREAD = {
+    "images": (
+        r"(model\.)?(vision_tower|vision_model|vision_encoder|multi_modal_projector|embed_vision|patch_merger)\..+"
+    ),
+    "audio": r"(model\.)?(audio_tower|embed_audio)\..+",
+    "the prediction of several tokens": r"(model\.)?mtp\..+",
+}
+# How multimodal files begin the names of their text model: the newer and the older form.
+_TEXT_PREFIXES = {"model.language_model.": "model.", "language_model.": ""}
+
+
+class Locations(dict[str, pathlib.Path]):
+    """{tensor: file} of a folder, under the names of a text model.
+
+    Attributes:
+      stored: {tensor: its name in the file}, where the two differ.
+      skipped: {what: number of tensors} of those that the text model does not compute.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stored: dict[str, str] = {}
+        self.skipped: dict[str, int] = {}
+
+    def stored_name(self, name: str) -> str:
+        """The name in the file."""
+        return self.stored.get(name, name)
 
 
 # Where a folder comes from
@@ -123,7 +159,9 @@ def load_params(
     params: dict[str, Any] = {}
     for path, spec in flatten_specs(base_specs(config)):
         value, name = read_weight(locations, config, path, spec), tensor_name(path)
-        name = f"{locations[name]}: tensor {name}"
+        if name not in locations and (part := fused_part(config, path)) is not None:
+            name = part.name
+        name = f"{locations[name]}: tensor {locations.stored_name(name)}"
         if isinstance(value, QuantizedArray):
             check_quantized(value, name, allow_nonfinite)
         else:
@@ -136,7 +174,7 @@ def load_params(
 
 def check_weights(
     folder: str | pathlib.Path, config: ModelConfig, head: Mapping[str, tuple[int, ...]] | None = None
-) -> dict[str, pathlib.Path]:
+) -> Locations:
     """The file of every tensor in a folder, after checking against `config` what the files' headers say; reads no data.
 
     `head`: {tensor: shape} of a head that a model has in place of the one that gives logits. Raises ValueError for
@@ -144,10 +182,10 @@ def check_weights(
     short, naming file and tensor.
     """
     folder = pathlib.Path(folder)
-    locations = tensor_locations(folder)
+    locations = _of_text(tensor_locations(folder), config)
     try:
         check_patterns(config)
-        names = _stored_tensors(config)
+        names = _stored_tensors(config, locations)
         names |= {name: (shape, FLOAT_TYPES) for name, shape in (head or {}).items()}
     except ValueError as error:  # a pattern that takes too long, or a group size that does not fit
         raise ValueError(f"{folder / 'config.json'}: {error}") from error
@@ -155,7 +193,44 @@ def check_weights(
     for file in sorted({locations[name] for name in names}):
         with open_tensors(file) as tensors:
             for name in sorted(name for name in names if locations[name] == file):
-                _check_tensor(tensors.get_slice(name), file, name, *names[name])
+                stored = locations.stored_name(name)
+                _check_tensor(tensors.get_slice(stored), file, stored, *names[name])
+    return locations
+
+
+def skipped_messages(folder: pathlib.Path, locations: Mapping[str, pathlib.Path]) -> list[str]:
+    """What to say about tensors of a folder that the text model does not compute. `locations`: from
+    `check_weights`.
+    """
+    skipped = locations.skipped if isinstance(locations, Locations) else {}
+    return [f"{folder}: {count} tensors are not read: weights of {what}" for what, count in skipped.items()]
+
+
+def _of_text(found: Mapping[str, pathlib.Path], config: ModelConfig) -> Locations:
+    """The tensors under the names of a text model, without those that it does not compute."""
+    shared = [i for i in range(config.num_layers) if not config.layer_shape(i).has_keys]
+    unread = dict(_UNREAD)
+    if shared:
+        layers = "|".join(map(str, shared))
+        unread["keys and values in layers that read those of others"] = (
+            rf"model\.layers\.({layers})\.self_attn\.(k_proj|v_proj|k_norm|v_norm)\..+"
+        )
+    patterns = {what: re.compile(pattern) for what, pattern in unread.items()}
+    locations = Locations()
+    for stored, file in found.items():
+        name = next(
+            (own + stored.removeprefix(prefix) for prefix, own in _TEXT_PREFIXES.items() if stored.startswith(prefix)),
+            stored,
+        )
+        what = next((what for what, pattern in patterns.items() if pattern.fullmatch(name)), None)
+        if what is not None:
+            locations.skipped[what] = locations.skipped.get(what, 0) + 1
+            continue
+        if name in locations:
+            raise ValueError(f"{file}: tensor {stored} must be stored once, {locations.stored_name(name)} is the same")
+        locations[name] = file
+        if name != stored:
+            locations.stored[name] = stored
     return locations
 
 
@@ -164,6 +239,8 @@ def read_weight(
 ) -> np.ndarray | QuantizedArray:
     """One parameter of a folder, on the host and in its stored type. `locations` comes from `check_weights`."""
     name, quantization = tensor_name(path), config.quantization
+    if name not in locations and (part := fused_part(config, path)) is not None:
+        return _from_stored(_read(locations, part.name, slice(part.start, part.start + part.size)), path, spec.shape)
     value = _read(locations, name)
     if quantization is None or not is_chosen(config, quantization, path):
         return _from_stored(value, path, spec.shape)
@@ -173,18 +250,50 @@ def read_weight(
     return QuantizedArray(values, scale)  # pyright: ignore[reportArgumentType]
 
 
-def _read(locations: Mapping[str, pathlib.Path], name: str) -> np.ndarray:
+def _read(locations: Mapping[str, pathlib.Path], name: str, rows: slice | None = None) -> np.ndarray:
+    stored = locations.stored_name(name) if isinstance(locations, Locations) else name
     # Opened anew for each tensor, because mapped parts of an open file count as memory.
     with open_tensors(locations[name]) as tensors:
-        return tensors.get_tensor(name)
+        return tensors.get_tensor(stored) if rows is None else tensors.get_slice(stored)[rows]
 
 
-def _stored_tensors(config: ModelConfig) -> dict[str, tuple[tuple[int, ...], tuple[str, ...]]]:
-    """Shape and allowed types of every tensor of a folder. A quantised matrix is two tensors: values and scale."""
+class FusedPart(NamedTuple):
+    """The rows [start, start + size) of a tensor that holds several matrices; `total` rows are all of it."""
+
+    name: str
+    start: int
+    size: int
+    total: int
+
+
+def fused_part(config: ModelConfig, path: tuple[str, ...]) -> FusedPart | None:
+    """Where a matrix lies in the files of its family's class; None: it is a tensor of its own."""
+    module = ".".join(path[1:-1])
+    for fused, modules in config.features.fused.items() if path[-1] == "kernel" else ():
+        if module in modules:
+            sizes = [
+                _stored_shape((*other, "kernel"), spec_at(config, (*other, "kernel")).shape)[0]
+                for other in ((path[0], *name.split(".")) for name in modules)
+            ]
+            i = modules.index(module)
+            name = tensor_name((path[0], *fused.split("."), "kernel"))
+            return FusedPart(name, sum(sizes[:i]), sizes[i], sum(sizes))
+    return None
+
+
+def _stored_tensors(
+    config: ModelConfig, locations: Mapping[str, Any]
+) -> dict[str, tuple[tuple[int, ...], tuple[str, ...]]]:
+    """Shape and allowed types of every tensor of a folder. A quantised matrix is two tensors: values and scale.
+    Matrices that the family's class stores as one may lie in the folder by themselves.
+    """
     tensors = {}
     quantization = config.quantization
     for path, spec in flatten_specs(base_specs(config)):
         name, shape = tensor_name(path), _stored_shape(path, spec.shape)
+        if name not in locations and quantization is None and (part := fused_part(config, path)) is not None:
+            tensors[part.name] = ((part.total, shape[1]), FLOAT_TYPES)
+            continue
         if quantization is None or not is_chosen(config, quantization, path):
             tensors[name] = (shape, FLOAT_TYPES)
             continue
@@ -219,7 +328,7 @@ def tensor_name(path: tuple[str, ...]) -> str:
     """The Hugging Face name of the parameter at `path`."""
     *modules, leaf = path
     modules = [re.sub(r"^layers_(\d+)$", r"layers.\1", module) for module in modules]
-    suffix = "bias" if leaf == "bias" else "weight"
+    suffix = leaf if leaf in ("bias", LAYER_SCALAR) else "weight"
     prefix = [] if modules[0] == "lm_head" else ["model"]
     return ".".join([*prefix, *modules, suffix])
 
@@ -416,8 +525,10 @@ def _write_weights(
     shards: list[list[tuple[str, ...]]] = [[]]
     shard_bytes = total_bytes = 0
     for path, spec in flatten_specs(base_specs(config)):
+        part = fused_part(config, path)
         num_bytes = math.prod(spec.shape) * stored_dtype.itemsize
-        if shards[-1] and shard_bytes + num_bytes > max_shard_bytes:
+        # Parts of one tensor stay together.
+        if shards[-1] and shard_bytes + num_bytes > max_shard_bytes and (part is None or not part.start):
             shards.append([])
             shard_bytes = 0
         shards[-1].append(path)
@@ -428,7 +539,12 @@ def _write_weights(
         tensors: dict[str, np.ndarray] = {}
         for path in paths:
             value = np.asarray(jax.device_get(leaf_at(params, path))).astype(stored_dtype)
-            tensors |= stored_form(value, path)
+            if (part := fused_part(config, path)) is None:
+                tensors |= stored_form(value, path)
+                continue
+            (rows,) = stored_form(value, path).values()
+            whole = tensors.setdefault(part.name, np.empty((part.total, rows.shape[1]), rows.dtype))
+            whole[part.start : part.start + part.size] = rows
         save_tensors(folder / name, tensors)
         weight_map |= dict.fromkeys(tensors, name)
     if len(shards) > 1:

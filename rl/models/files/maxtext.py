@@ -168,7 +168,7 @@ def _place(config: ModelConfig, path: Path, is_scanned: bool) -> _Place:
     layer, *modules, leaf = path
     number = int(layer.removeprefix("layers_"))
     module = "/".join(modules)
-    norms = _NORMS_OF_FOUR if config.features.post_norms else _NORMS
+    norms = _NORMS_OF_FOUR if config.features.norms.after_attention else _NORMS
     inside = f"{_MODULES.get(module) or norms[module]}/{leaf}"
     if not is_scanned:
         return _Place(f"decoder/layers_{number}/{inside}")

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rl.models import linen_model, ops
-from rl.models.config import ModelConfig
+from rl.models.config import LayerShape, ModelConfig
 from rl.models.inputs import PADDING_GROUP, Inputs, plain_inputs
 from rl.models.logprobs import token_logprobs
 from rl.models.quantized import Weight
@@ -47,7 +47,7 @@ class Passage:
     def __init__(self, config: ModelConfig, tokens: Sequence[int], context: int) -> None:
         self._config = dataclasses.replace(config, dtype="float32")
         self._rows = to_rows(tokens, min(context, len(tokens)))
-        self._layers = _layer_programs(self._config)
+        self._layers: dict[Any, Callable[..., jax.Array]] = {}
         self._log_likelihoods: list[float] = []
         self.hidden: list[np.ndarray] = []
         self.num_tokens = int(np.sum(self._rows.group_ids_BT[:, 1:] >= 0))
@@ -62,7 +62,8 @@ class Passage:
 
     def layer(self, index: int, params: Sequence[Any]) -> None:
         """Takes the text through one layer, whose parameters are nested dicts for its module."""
-        program = self._layers[self._config.layer_types[index]]
+        kind = self._config.layer_types[index], self._config.layer_shape(index)
+        program = self._layers.setdefault(kind, _layer_program(self._config, *kind))
         for version, tree in enumerate(params):
             rows = zip(self.hidden[version], *self._rows, strict=True)
             self.hidden[version] = np.stack(
@@ -87,7 +88,7 @@ class Passage:
         hidden_TD = ops.rms_norm(x_TD, norm_scale, self._config)
         kernel = head.T if self._config.tie_word_embeddings else head
         logprobs_BT, _ = token_logprobs(
-            _Head(),
+            _Head(self._config),
             kernel,
             hidden_TD[None, :-1],
             tokens_T[None, 1:],
@@ -102,21 +103,19 @@ class Passage:
 class _Head:
     """Gives logits; see `rl.models.logprobs.Unembedding`."""
 
+    def __init__(self, config: ModelConfig) -> None:
+        self._config = config
+
     def unembed(self, params: Weight, hidden: jax.Array) -> jax.Array:
-        return ops.dense(hidden, params, out_dtype=ops.widen(hidden.dtype))
+        return ops.finish_logits(ops.dense(hidden, params, out_dtype=ops.widen(hidden.dtype)), self._config)
 
 
-def _layer_programs(config: ModelConfig) -> dict[str, Callable[..., jax.Array]]:
-    """{layer type: program}: (parameters of a layer, hidden states [B, T, D], their inputs) -> hidden states
-    after it.
-    """
-    block = linen_model.Block(config)
+def _layer_program(config: ModelConfig, layer_type: str, shape: LayerShape) -> Callable[..., jax.Array]:
+    """(parameters of a layer, hidden states [B, T, D], their inputs) -> hidden states after it."""
+    block = linen_model.Block(config, shape)
 
-    def program(layer_type: str) -> Callable[..., jax.Array]:
-        def run(params: Any, x_BTD: jax.Array, inputs: Inputs) -> jax.Array:
-            context = ops.plain_contexts(config, inputs, ops.attention)[layer_type]
-            return block.apply({"params": params}, x_BTD, context)[0]
+    def run(params: Any, x_BTD: jax.Array, inputs: Inputs) -> jax.Array:
+        context = ops.plain_contexts(config, inputs, ops.attention)[layer_type]
+        return block.apply({"params": params}, x_BTD, context)[0]
 
-        return jax.jit(run)
-
-    return {layer_type: program(layer_type) for layer_type in ops.used_layer_types(config)}
+    return jax.jit(run)

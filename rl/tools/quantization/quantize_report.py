@@ -61,6 +61,11 @@ def check_start(folder: pathlib.Path, config: ModelConfig | ForeignConfig, token
         raise ValueError(
             f"{folder} must hold plain weights, got {config.quantization.dtype} already; take what it was made from"
         )
+    if tokens is not None and getattr(config, "num_kv_shared_layers", 0) + getattr(config, "per_layer_input_size", 0):
+        raise ValueError(
+            f"--text must be left out for {config.family} with layers that have inputs of their own or read the keys "
+            "and values of others: one layer at a time cannot be measured; grpo eval compares the two models"
+        )
     if tokens is not None and max(tokens) >= config.vocab_size:
         raise ValueError(f"tokens of the text must be below {config.vocab_size}, got {max(tokens)}; check --tokenizer")
 
