@@ -130,10 +130,10 @@ class RunLog(Console):
         """Trackers keep what they got of steps that are run again; TensorBoard alone can be told to hide it."""
         assert self._writer is not None
         last = self._writer.last_dropped
-        names = [name for name in self._trackers.names if name != "tensorboard"] if self._trackers else []
+        names = [name for name in self._trackers.labels if name != "tensorboard"] if self._trackers else []
         if names and last is not None and last >= first_line:
-            steps = f"step {last}" if last == first_line else f"steps {first_line} to {last}"
-            self.message(f"{', '.join(names)}: {steps} come again, for the run goes on from an earlier checkpoint")
+            steps = f"step {last} comes" if last == first_line else f"steps {first_line} to {last} come"
+            self.message(f"{', '.join(names)}: {steps} again, for the run goes on from an earlier checkpoint")
 
     @contextlib.contextmanager
     def _around_phase(self, phase: str) -> Iterator[None]:

@@ -3,6 +3,7 @@ it.
 """
 
 import dataclasses
+import gzip
 import json
 import math
 import pathlib
@@ -277,19 +278,94 @@ def start(recipe: pathlib.Path, name: str, *overrides: str, train=grpo_trainer.t
     return train(load_config(recipe, [f"output_dir={recipe.parent / name}", *overrides]))
 
 
+TRACKER = """
+import json
+
+class Tracker:
+    def __init__(self, run, to):
+        self.file = open(to, "a")
+        self.say(run=[run.id, run.name, run.kind, run.is_resumed, run.config["grpo"]["steps"]])
+
+    def say(self, **what):
+        print(json.dumps(what), file=self.file, flush=True)
+
+    def log(self, step):
+        counts = {name: len(values) for name, values in step.histograms.items()}
+        self.say(step=step.step, metrics=dict(step.metrics), counts=counts, samples=len(step.samples))
+
+    def close(self, is_failed):
+        self.say(is_failed=is_failed)
+        self.file.close()
+
+def make_tracker(run, to):
+    return Tracker(run, to)
+"""
+
+
+def tracked(folder: pathlib.Path) -> list[str]:
+    """Overrides with which a run is followed by a tracker that writes tracked.jsonl, and its second step is traced."""
+    (folder / "tracker.py").write_text(TRACKER)
+    name = f"{folder / 'tracker.py'}:make_tracker"
+    args = json.dumps({name: {"to": str(folder / "tracked.jsonl")}})
+    return [f"logging.trackers=['{name}']", f"logging.tracker_args={args}", "profile={steps: [2, 2], memory: true}"]
+
+
 def test_run_without_a_finite_update_ends_and_can_go_on_with_a_higher_limit(recipe, capsys):
-    broken = (reward("huge", 1e30), "grpo.scale_rewards=none", "health.max_skipped_updates=4")
+    broken = (reward("huge", 1e30), "grpo.scale_rewards=none", "health.max_skipped_updates=4", *tracked(recipe.parent))
     with pytest.raises(ValueError, match=r"got 4 with 4 skipped.*advantages go up to .*rewards\.functions"):
         start(recipe, "stuck", *broken)
     folder = recipe.parent / "stuck"
+    check_profile(folder / "profile")
     assert [(line["step"], line["skipped_updates"]) for line in read_metrics(folder)] == [(1, 2), (2, 2)]
     assert capsys.readouterr().out.count("2 update(s) skipped") == 2
     assert checkpoint_steps(folder) == [1]  # the step that ended the run saved nothing
     assert len(read_samples(folder)) == 2 * 8  # all, not samples_per_step
-    start(recipe, "stuck", *broken[:2], "health.max_skipped_updates=99")
+    start(recipe, "stuck", *broken[:2], *broken[3:5], "health.max_skipped_updates=99")
+    assert "make_tracker: step 2 comes again, for the run goes on from" in capsys.readouterr().out
     lines = read_metrics(folder)
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert [line["lr"] for line in lines] == [pytest.approx(0.005)] * 6  # the schedule has not moved
+    check_tracked([json.loads(line) for line in (recipe.parent / "tracked.jsonl").read_text().splitlines()], lines)
+
+
+def check_profile(folder: pathlib.Path) -> None:
+    """The trace of one step, and the memory after it."""
+    (trace,) = folder.glob("plugins/profile/*/*.trace.json.gz")
+    events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+    names = [event.get("name") for event in events]
+    assert {name: names.count(name) for name in ("step", "rollout", "reward", "train", "checkpoint")} == {
+        "step": 1,
+        "rollout": 1,
+        "reward": 1,
+        "train": 1,
+        "checkpoint": 1,  # of the step before
+    }
+    assert [event["args"]["step_num"] for event in events if event.get("name") == "step"] == ["2"]
+    assert gzip.decompress((folder / "memory_step_2.prof").read_bytes())  # a profile of pprof is zipped
+
+
+def check_tracked(seen: list[dict[str, Any]], lines: list[dict[str, Any]]) -> None:
+    """What a tracker saw of a run that failed in its second step, and went on from its first."""
+    run_id = seen[0]["run"][0]
+    assert len(run_id) == 32
+    assert [entry.get("step", entry) for entry in seen] == [
+        *({"run": [run_id, "stuck", "grpo", False, 6]}, 1, 2, {"is_failed": True}),
+        *({"run": [run_id, "stuck", "grpo", True, 6]}, 2, 3, 4, 5, 6, {"is_failed": False}),
+    ]
+    last = seen[-2]
+    known = {name: value for name, value in lines[-1].items() if value is not None and name != "step"}
+    assert last["metrics"] == known
+    assert known["trackers/make_tracker/dropped"] == 0
+    assert last["counts"] == {"reward": 8, "completion_length": 8, "advantage": 8}
+    assert [entry["samples"] for entry in seen if "step" in entry] == [
+        8,
+        0,
+        0,
+        0,
+        0,
+        0,
+        0,
+    ]  # the first step has a table
 
 
 def test_reward_that_is_down_ends_the_run_with_a_checkpoint_and_a_mended_one_goes_on(recipe, capsys):

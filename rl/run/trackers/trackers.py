@@ -43,6 +43,11 @@ class Trackers:
         """The trackers, as the configuration names them."""
         return list(self._makers)
 
+    @property
+    def labels(self) -> list[str]:
+        """Their short names, as in messages and metrics."""
+        return list(_labels(self.names).values())
+
     def start(self, run: TrackedRun) -> None:
         """Has each tracker made in its thread.
 
