@@ -308,7 +308,7 @@ def test_every_third_party_import_is_a_dependency():
     project = read_pyproject()["project"]
     extras = project["optional-dependencies"]
     requirements = [*project["dependencies"], *extras["gcs"], *extras["s3"], *extras["rewards"], *extras["serve"]]
-    requirements += [*extras["tensorboard"], *extras["mlflow"]]
+    requirements += extras["mlflow"]
     names = {re.split(r"[<>=]", requirement)[0].lower().replace("-", "_") for requirement in requirements}
     distributions = {"google": "google_tunix", "tunix": "google_tunix", "orbax": "orbax_checkpoint", "yaml": "pyyaml"}
     distributions |= {"aiohttp": "gcsfs", "botocore": "s3fs", "etils": "orbax_checkpoint", "referencing": "jsonschema"}

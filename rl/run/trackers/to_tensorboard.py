@@ -8,6 +8,7 @@ was written after the step that a resumed run goes on from is hidden by an event
 import json
 import os
 import time
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ FOLDER = "tensorboard"  # in the run folder
 
 def check(*, folder: str | None = None) -> None:
     """ValueError where the library is missing."""
-    import_library("tensorboard.summary.writer.event_file_writer", "tensorboard")
+    _library("summary.writer.event_file_writer")
 
 
 def make(run: TrackedRun, *, folder: str | None = None) -> "_TensorBoard":
@@ -28,41 +29,41 @@ def make(run: TrackedRun, *, folder: str | None = None) -> "_TensorBoard":
     return _TensorBoard(run, str(run.folder / FOLDER) if folder is None else os.path.expanduser(folder))
 
 
+def _library(module: str) -> ModuleType:
+    return import_library(f"tensorboard.{module}", "tensorboard")
+
+
 class _TensorBoard:
     def __init__(self, run: TrackedRun, folder: str):
-        library = import_library("tensorboard.summary.writer.event_file_writer", "tensorboard")
-        self._writer = library.EventFileWriter(folder)
+        self._writer = _library("summary.writer.event_file_writer").EventFileWriter(folder)
+        self._event, self._summary = _library("compat.proto.event_pb2"), _library("compat.proto.summary_pb2")
+        self._histogram_pb = _library("plugins.histogram.summary_v2").histogram_pb
+        self._text_pb = _library("plugins.text.summary_v2").text_pb
         self._config: Any = run.config
         self._has_begun = False
 
     def log(self, step: TrackedStep) -> None:
-        from tensorboard.compat.proto.event_pb2 import SessionLog  # pyright: ignore[reportMissingImports]
-        from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportMissingImports]
-        from tensorboard.plugins.histogram.summary_v2 import histogram_pb  # pyright: ignore[reportMissingImports]
-        from tensorboard.plugins.text.summary_v2 import text_pb  # pyright: ignore[reportMissingImports]
-
         if not self._has_begun:
-            self._add(step.step, session_log=SessionLog(status=SessionLog.START))
+            self._add(step.step, session_log=self._event.SessionLog(status=self._event.SessionLog.START))
             text = json.dumps(self._config, indent=2, default=str)
-            self._add(step.step, summary=text_pb("config", _verbatim(text)))
+            self._add(step.step, summary=self._text_pb("config", _verbatim(text)))
             self._has_begun = True
-        scalars = [Summary.Value(tag=name, simple_value=value) for name, value in step.metrics.items()]
-        self._add(step.step, summary=Summary(value=scalars))
+        value = self._summary.Summary.Value
+        scalars = [value(tag=name, simple_value=number) for name, number in step.metrics.items()]
+        self._add(step.step, summary=self._summary.Summary(value=scalars))
         for name, values in step.histograms.items():
-            self._add(step.step, summary=histogram_pb(f"histogram/{name}", values))
+            self._add(step.step, summary=self._histogram_pb(f"histogram/{name}", values))
         if step.samples:
             columns, rows = table_of(step.samples)
             cells = [columns, *([_verbatim(cell) for cell in row] for row in rows)]
-            self._add(step.step, summary=text_pb("samples", np.array(cells, dtype=object)))
+            self._add(step.step, summary=self._text_pb("samples", np.array(cells, dtype=object)))
         self._writer.flush()
 
     def close(self, is_failed: bool) -> None:
         self._writer.close()
 
     def _add(self, step: int, **content: Any) -> None:
-        from tensorboard.compat.proto.event_pb2 import Event  # pyright: ignore[reportMissingImports]
-
-        self._writer.add_event(Event(step=step, wall_time=time.time(), **content))
+        self._writer.add_event(self._event.Event(step=step, wall_time=time.time(), **content))
 
 
 def _verbatim(cell: Any) -> str:
