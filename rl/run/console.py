@@ -12,7 +12,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Self, TextIO
 
 import rich.box
@@ -145,8 +145,8 @@ class Console:
             return
         width = self._console.width if self._is_live else _PLAIN_WIDTH
         with self._writing():
-            self._console.print(_group_title(step, group), soft_wrap=False, width=width)
-            self._console.print(_group_table(group), soft_wrap=False, width=width)
+            self._console.print(_group_title(step, group, self._encodable), soft_wrap=False, width=width)
+            self._console.print(_group_table(group, self._encodable), soft_wrap=False, width=width)
 
     def message(self, text: str) -> None:
         """Prints `text` unchanged, on lines of its own."""
@@ -236,7 +236,7 @@ class Console:
         lines = [_join_what_fits(first, width)]
         fields = format_fields({name: seen.get(name) for name, _, _ in _WATCHED if name != "eval/accuracy"})
         if self._rewards:
-            fields.insert(1, sparkline(self._rewards, self._can_encode(_BLOCKS)))
+            fields.insert(1, sparkline(self._rewards, self._encodable(_BLOCKS) == _BLOCKS))
         if self._evaluated is not None:
             fields.append(f"eval {float(seen['eval/accuracy']):.1%} at step {self._evaluated}")
         if fields:
@@ -247,12 +247,10 @@ class Console:
         styles = ("bold", "", "dim")
         return [rich.text.Text(line, style=style) for line, style in zip(lines, styles, strict=False)]
 
-    def _can_encode(self, text: str) -> bool:
-        try:
-            text.encode(getattr(self._stream, "encoding", None) or "utf-8")
-        except (UnicodeEncodeError, LookupError):
-            return False
-        return True
+    def _encodable(self, text: str) -> str:
+        """The text with escapes in place of what the stream cannot take."""
+        encoding = getattr(self._stream, "encoding", None) or "utf-8"
+        return text.encode(encoding, "backslashreplace").decode(encoding)
 
     def _print(self, text: str, style: str | None = None) -> None:
         if self._printing == threading.get_ident():  # this is a signal's handler amid a print of the same thread
@@ -347,18 +345,18 @@ def format_phases(metrics: Mapping[str, Any]) -> list[str]:
     return [text] if text else []
 
 
-def _group_title(step: int, group: Group) -> rich.text.Text:
+def _group_title(step: int, group: Group, encodable: Callable[[str], str]) -> rich.text.Text:
     answer = "" if group.answer is None else f"  answer: {shortened(visible(prompt_text(group.answer)), 80)}"
     prompt = shortened(visible(prompt_text(group.prompt)), _PROMPT_LENGTH)
-    return rich.text.Text(f"step {step}, a prompt with its group: {prompt}{answer}", style="bold")
+    return rich.text.Text(encodable(f"step {step}, a prompt with its group: {prompt}{answer}"), style="bold")
 
 
-def _group_table(group: Group) -> rich.table.Table:
+def _group_table(group: Group, encodable: Callable[[str], str]) -> rich.table.Table:
     """A row for each completion, the best first."""
     table = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    names = [visible(name) for name in group.names] if len(group.names) > 1 else []
+    names = [encodable(visible(name)) for name in group.names] if len(group.names) > 1 else []
     for name in ("reward", *names, "advantage", "tokens"):
-        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(rich.text.Text(name), justify="right", no_wrap=True)
     table.add_column("end", no_wrap=True)
     table.add_column("completion", overflow="fold")
     best_first = sorted(group.members, key=lambda member: math.inf if member.reward is None else -member.reward)
@@ -368,7 +366,7 @@ def _group_table(group: Group) -> rich.table.Table:
             *("-" if number is None else f"{number:.3g}" for number in numbers),
             str(member.num_tokens),
             member.finish_reason,
-            rich.text.Text(shortened(visible(member.text), _COMPLETION_LENGTH)),
+            rich.text.Text(encodable(shortened(visible(member.text), _COMPLETION_LENGTH))),
         )
     if len(best_first) > _MOST_MEMBERS:
         table.caption = f"and {len(best_first) - _MOST_MEMBERS} more"

@@ -6,10 +6,13 @@ lines that a narrower window has wrapped are erased as the rows that they now ar
 between two drawings, never amid one.
 """
 
+import contextlib
 import os
+import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from types import FrameType
 from typing import Any, TextIO, cast
 
 import rich.console
@@ -19,6 +22,7 @@ import rich.segment
 import rich.text
 
 _SECONDS_BETWEEN_DRAWINGS = 0.5
+_NOT_HANDLED = object()
 _LEAST_ROWS = 8  # of a terminal; a lower one shows the first line only
 
 
@@ -35,6 +39,7 @@ class LiveLines(rich.console.RenderHook):
         self._console, self._lines, self._stream = console, lines, stream
         self._widths: list[int] = []  # columns of each line as it was drawn; empty: nothing stands there
         self._proxied: dict[str, TextIO] = {}
+        self._before: Any = _NOT_HANDLED  # what SIGCONT did before
         self._stop = threading.Event()
         self._ticker = threading.Thread(target=self._tick, name="live lines", daemon=True)
 
@@ -45,9 +50,17 @@ class LiveLines(rich.console.RenderHook):
             if file is self._stream or (file is not None and file.isatty() and self._stream.isatty()):
                 self._proxied[name] = file
                 setattr(sys, name, cast(TextIO, rich.file_proxy.FileProxy(self._console, file)))
+        with contextlib.suppress(ValueError):  # not the main thread, in which alone signals are handled
+            self._before = signal.signal(signal.SIGCONT, self._continued)
         self._console.push_render_hook(self)
         self.draw()
         self._ticker.start()
+
+    def _continued(self, number: int, frame: FrameType | None) -> None:
+        """After Ctrl-Z and `fg` the shell's lines stand below: the next drawing comes below them, erasing nothing."""
+        self._widths = []
+        if callable(self._before):
+            self._before(number, frame)
 
     def draw(self) -> None:
         """Draws the lines as they are now."""
@@ -58,6 +71,8 @@ class LiveLines(rich.console.RenderHook):
         self._stop.set()
         if self._ticker.is_alive() and self._ticker is not threading.current_thread():
             self._ticker.join()
+        if self._before is not _NOT_HANDLED:
+            signal.signal(signal.SIGCONT, self._before)
         for name, file in self._proxied.items():
             proxy = getattr(sys, name)
             if isinstance(proxy, rich.file_proxy.FileProxy):

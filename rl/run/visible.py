@@ -30,7 +30,7 @@ def shortened(text: str, length: int) -> str:
 
 
 def prompt_text(prompt: Any) -> str:
-    """A prompt as text: a chat as its messages behind each other."""
-    if isinstance(prompt, str):
-        return prompt
+    """A prompt or an answer as text: a chat as its messages, one behind the other."""
+    if not isinstance(prompt, list):
+        return str(prompt)
     return "\n".join(f"{message.get('role')}: {message.get('content')}" for message in prompt)

@@ -311,8 +311,31 @@ def test_a_group_is_a_table_with_its_best_completion_first_and_nothing_that_a_te
         *("0", "0", "-", "-0.7", "4", "eos", r"two\n\x1b[2J\u202e")
     ]
     assert rest[-1].split() == ["-", "-", "-", "0", "1", "eos", "?"]
-    assert output.isascii() or "\x1b" not in output
+    assert "\x1b" not in output
     assert max(map(len, output.splitlines())) <= 120
+
+
+def test_a_stream_that_cannot_take_all_characters_gets_escapes_and_plain_rules():
+    with io.TextIOWrapper(io.BytesIO(), encoding="latin-1", write_through=True) as stream:
+        with Console(10, stream) as console:
+            console.show_group(1, GROUP._replace(members=[Member("\u4e2d\xe9", 2, [1.0, 0.0], 1.0, 0.0, "eos")]))
+        title, _, rule, row = stream.buffer.getvalue().decode("latin-1").splitlines()
+    assert title.startswith("step 1")
+    assert set(rule) <= set("-+ ")
+    assert row.split()[-1] == "\\u4e2d\xe9"
+
+
+def test_a_run_that_was_stopped_and_goes_on_draws_below_what_the_shell_wrote(terminal):
+    pseudo = terminal(100)
+    before = signal.getsignal(signal.SIGCONT)
+    with Console(10, pseudo.stream) as console:
+        console.step_line({**FULL, "step": 1})
+        pseudo.stream.write("\n$ fg\n")  # by the shell
+        os.kill(os.getpid(), signal.SIGCONT)
+        console.step_line({**FULL, "step": 2})
+        rows = pseudo.look()
+    assert [row for row in rows if row.startswith(("step", "$"))] == [rows[0], "$ fg", rows[-3]]
+    assert signal.getsignal(signal.SIGCONT) is before
 
 
 @pytest.mark.parametrize("width", [20, 70])

@@ -283,6 +283,7 @@ def test_wandb_keeps_both_parts_of_a_run_under_one_id_offline(tmp_path, monkeypa
     from wandb.proto import wandb_internal_pb2
 
     monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_API_KEY", key := "0123456789" * 4)
     assert follow(trackers_of("wandb", "{wandb: {project: sums}}"), tmp_path, range(1, 6)) == []
     assert follow(trackers_of("wandb", "{wandb: {project: sums}}"), tmp_path, range(4, 7), is_resumed=True) == []
     assert capfd.readouterr().out == ""
@@ -300,6 +301,8 @@ def test_wandb_keeps_both_parts_of_a_run_under_one_id_offline(tmp_path, monkeypa
                 runs.append((record.run.run_id, record.run.project, record.run.display_name))
     assert set(runs) == {(ID, "sums", tmp_path.name)}
     assert len(files) == 2
+    kept = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert not [path for path in kept if key.encode() in path.read_bytes()]
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 4, 5, 6]
     assert rows[1]["reward/mean"] == 0.2
     assert rows[1]["histogram/reward._type"] == "histogram"
