@@ -9,6 +9,7 @@ import collections
 import contextlib
 import math
 import os
+import re
 import sys
 import threading
 import time
@@ -34,13 +35,14 @@ _PROMPT_LENGTH, _COMPLETION_LENGTH = 300, 240  # characters in a table
 _NOTEBOOK_WIDTH = 120  # characters; notebooks wrap longer lines
 # Metric, label, format: in the order of importance, for a narrow terminal shows the first ones only.
 _WATCHED = (
-    ("eval/accuracy", "eval", ".1%"),
     ("reward/mean", "reward", ".3f"),
     ("loss", "loss", ".4f"),
     ("kl", "kl", ".4f"),
     ("completion_length/mean", "length", ".1f"),
     ("entropy", "entropy", ".3f"),
 )
+_EVALUATION = re.compile(r"eval/(?:(?P<set>[^/]+)/)?(?:accuracy|avg_at_(?P<k>\d+))")
+_MOST_EVALUATIONS = 4
 _SPEEDS = (("tokens_per_second/rollout", "rollout"), ("tokens_per_second/train", "train"))
 
 
@@ -60,7 +62,8 @@ class _RichConsole(rich.console.Console):
         """Columns and rows of the terminal that is written to. rich itself asks the standard streams."""
         if self._width is None and self.is_terminal:
             with contextlib.suppress(OSError, ValueError):  # no descriptor, or no terminal
-                return rich.console.ConsoleDimensions(*os.get_terminal_size(self.file.fileno()))
+                columns, rows = os.get_terminal_size(self.file.fileno())
+                return rich.console.ConsoleDimensions(columns or 80, rows or 25)  # 0: nobody has set it
         return super().size
 
     def on_broken_pipe(self) -> None:
@@ -97,7 +100,7 @@ class Console:
         self._step_seconds: collections.deque[float] = collections.deque(maxlen=_STEPS_FOR_TIME_LEFT)
         self._last_step_time: float | None = None
         self._seen: dict[str, Any] = {}  # the newest value of each metric
-        self._evaluated: int | None = None  # the step of the newest evaluation
+        self._evaluated: list[str] = []  # of the newest evaluation, in words
         self._rewards: collections.deque[float] = collections.deque(maxlen=_SPARK_STEPS)
         self._steps_done = 0
         self._phase: tuple[str, float] | None = None  # what goes on, and since when
@@ -126,10 +129,10 @@ class Console:
         if not self._is_live and self._notebook is None:
             self._print("  ".join([counter, *fields, f"left {left}"]))
             return
-        if metrics.get("eval/accuracy") is not None:
+        if evaluations := format_evaluations(metrics):
             self.message("  ".join([counter, *fields]))
+            self._evaluated = [*evaluations, f"at step {step}"]
         self._seen |= {name: value for name, value in metrics.items() if value is not None}
-        self._evaluated = step if metrics.get("eval/accuracy") is not None else self._evaluated
         self._steps_done = step
         if isinstance(metrics.get("reward/mean"), (int, float)):
             self._rewards.append(float(metrics["reward/mean"]))
@@ -234,11 +237,11 @@ class Console:
         if self._step_seconds:
             first.append(f"{self._seconds_per_step():.3g} s a step")
         lines = [_join_what_fits(first, width)]
-        fields = format_fields({name: seen.get(name) for name, _, _ in _WATCHED if name != "eval/accuracy"})
+        fields = format_fields({name: seen.get(name) for name, _, _ in _WATCHED})
         if self._rewards:
             fields.insert(1, sparkline(self._rewards, self._encodable(_BLOCKS) == _BLOCKS))
-        if self._evaluated is not None:
-            fields.append(f"eval {float(seen['eval/accuracy']):.1%} at step {self._evaluated}")
+        if self._evaluated:
+            fields.append(" ".join(self._evaluated))
         if fields:
             lines.append(_join_what_fits(fields, width))
         last = format_fields({name: seen.get(name) for name, _ in _SPEEDS}) + format_phases(seen)
@@ -300,7 +303,8 @@ class _NotebookLine:
 
 def format_fields(metrics: Mapping[str, Any]) -> list[str]:
     """The most important metrics as short texts in a fixed order. Missing ones and None are left out."""
-    fields = [
+    fields = format_evaluations(metrics)
+    fields += [
         f"{label} {format(float(metrics[name]), spec)}"
         for name, label, spec in _WATCHED
         if metrics.get(name) is not None
@@ -371,6 +375,19 @@ def _group_table(group: Group, encodable: Callable[[str], str]) -> rich.table.Ta
     if len(best_first) > _MOST_MEMBERS:
         table.caption = f"and {len(best_first) - _MOST_MEMBERS} more"
     return table
+
+
+def format_evaluations(metrics: Mapping[str, Any]) -> list[str]:
+    """The evaluations of a step as short texts: "eval 61.0%" of the one set without a name, else "eval NAME 61.0%", or
+    with samples "eval NAME avg@4 61.0%"; at most four.
+    """
+    found = []
+    for name, value in metrics.items():
+        known = _EVALUATION.fullmatch(name)
+        if known is not None and value is not None:
+            samples = f" avg@{known['k']}" if known["k"] else ""
+            found.append(f"eval {known['set'] or ''}".rstrip() + f"{samples} {float(value):.1%}")
+    return found[:_MOST_EVALUATIONS]
 
 
 def format_bar(share: float, width: int) -> str:

@@ -87,7 +87,7 @@ class LiveLines(rich.console.RenderHook):
 
     def process_renderables(self, renderables: list[rich.console.ConsoleRenderable]) -> Any:
         """What is printed, between the erasing of the lines and their drawing; rich calls this for each print."""
-        width = self._console.width
+        width = max(self._console.width, 2)
         erase = _control(f"\r{_up(self._rows(width) - 1)}\x1b[0J") if self._widths else _control("\r\x1b[0J")
         lines = list(self._lines(width - 1))[: None if self._console.height >= _LEAST_ROWS else 1]
         for line in lines:

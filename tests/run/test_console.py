@@ -14,7 +14,15 @@ import threading
 
 import pytest
 
-from rl.run.console import Console, format_bar, format_count, format_phases, format_seconds, sparkline
+from rl.run.console import (
+    Console,
+    format_bar,
+    format_count,
+    format_evaluations,
+    format_phases,
+    format_seconds,
+    sparkline,
+)
 from rl.run.interrupt import StopRequest
 from rl.run.step_values import Group, Member
 from rl.run.visible import shortened, visible
@@ -146,6 +154,7 @@ class Pty:
 
     def resize(self, width, height=30):
         fcntl.ioctl(self._master, termios.TIOCSWINSZ, struct.pack("HHHH", height, width, 0, 0))
+        width = width or 80  # nobody has said it
         if width < self.screen.width:
             self.screen.narrow(width)
         self.screen.width = width
@@ -214,6 +223,17 @@ def test_a_terminal_has_three_lines_at_its_bottom_and_all_else_above_them(termin
         assert third == "rollout 12k tok/s  rollout 61% train 30%"
     assert pseudo.look()[-1] == ""  # what follows begins on a line of its own
     assert "\x1b[?25l" not in pseudo.output  # the cursor is never hidden: a kill leaves nothing to mend
+
+
+@pytest.mark.parametrize("width", [0, 1])
+def test_a_terminal_without_a_size_or_of_one_column_ends_no_run(terminal, width):
+    pseudo = terminal(width or 80)
+    pseudo.resize(width, 0)
+    with Console(10, pseudo.stream) as console:
+        console.step_line({**FULL, "step": 1})
+        console.show_group(1, GROUP)
+        console.step_line({**FULL, "step": 2})
+    assert "step" in "".join(pseudo.look())
 
 
 @pytest.mark.parametrize("width", [12, 40, 61])
@@ -372,6 +392,13 @@ def test_a_dumb_terminal_gets_plain_lines(terminal, monkeypatch):
         line, end = pseudo.look()
     assert line.startswith("step   9/100  reward 0.500  kl 0.0123  length 12.3  rollout 12k tok/s  left ")
     assert end == ""
+
+
+def test_named_evaluations_are_told_apart():
+    metrics = {"step": 3, "eval/accuracy": 0.5, "eval/accuracy_low": 0.1, "eval/hard/avg_at_4": 0.25, "kl": 0.1}
+    assert format_evaluations(metrics) == ["eval 50.0%", "eval hard avg@4 25.0%"]
+    assert format_evaluations({f"eval/{i}/accuracy": 0.1 * i for i in range(9)})[-1] == "eval 3 30.0%"
+    assert format_evaluations({"eval/accuracy": None}) == []
 
 
 def test_small_texts_are_as_short_as_they_can_be():
