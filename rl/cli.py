@@ -35,7 +35,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "train": Command(
         module="rl.grpo_trainer",
-        arguments="CONFIG [--check] [--trust] [key=value ...]",
+        arguments="CONFIG [--check] [--trust] [--branch FOLDER] [key=value ...]",
         summary="train a policy with GRPO",
         details="""\
             CONFIG      a YAML recipe; it inherits every key it does not state from configs/base.yml. Or a run folder,
@@ -44,13 +44,16 @@ COMMANDS = {
                         weights, reward functions, memory, disk space, run folder), say what the run would do, and
                         stop; nothing on disk changes except caches of downloads and of `datasets`
             --trust     take a run folder whose config.yml was edited, or whose code is not shown to be yours
+            --branch FOLDER
+                        of a run folder CONFIG: go on from its last checkpoint in a new folder, where the learning rate
+                        and some other keys may change; the old run stays as it is
             key=value   overrides with dotted keys, for example grpo.steps=100 optimizer.lr=1e-6
 
             The run folder is output_dir. The same command again resumes the run where its last checkpoint left it.""",
     ),
     "sft": Command(
         module="rl.sft_trainer",
-        arguments="CONFIG [--check] [--trust] [key=value ...]",
+        arguments="CONFIG [--check] [--trust] [--branch FOLDER] [key=value ...]",
         summary="warm-start a policy on prompt and completion rows",
         details="""\
             CONFIG      a YAML recipe; the sft section says how long and on which column. Or a run folder, whose run
@@ -59,6 +62,9 @@ COMMANDS = {
                         weights, reward functions, memory, disk space, run folder), say what the run would do, and
                         stop; nothing on disk changes except caches of downloads and of `datasets`
             --trust     take a run folder whose config.yml was edited, or whose code is not shown to be yours
+            --branch FOLDER
+                        of a run folder CONFIG: go on from its last checkpoint in a new folder, where the learning rate
+                        and some other keys may change; the old run stays as it is
             key=value   overrides with dotted keys, for example sft.steps=300 optimizer.lr=1e-3
 
             The run folder is output_dir. The same command again resumes the run where its last checkpoint left it.""",

@@ -20,7 +20,11 @@ READER_GONE = 141  # exit status
 OWN_PACKAGES = ("rewards", "rl")
 
 
-def missing(what: str, rule: str, got: object, hint: str = "") -> ValueError:
+class MissingError(ValueError):
+    """A folder, a file or a model is not there."""
+
+
+def missing(what: str, rule: str, got: object, hint: str = "") -> MissingError:
     """The error about a folder, a file or a model that is not there. All commands say it in these words.
 
     Args:
@@ -28,7 +32,7 @@ def missing(what: str, rule: str, got: object, hint: str = "") -> ValueError:
     """
     text = str(got) if len(str(got)) <= 200 else f"{str(got)[:190]}..."
     way_out = f"; {hint}" if hint else ""
-    return ValueError(
+    return MissingError(
         f"{what} must be {rule}, got {text!r}, which does not exist (working directory {os.getcwd()}){way_out}"
     )
 

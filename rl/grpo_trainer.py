@@ -37,7 +37,7 @@ from rl.rollout.groups import minibatches, with_advantages
 from rl.rollout.kept import kept_samples, step_values
 from rl.rollout.reward_model import open_reward_models, weight_bytes
 from rl.rollout.scoring import start_rewards
-from rl.run.announce import announce, warn_about_prompts, warn_about_sampling
+from rl.run.announce import announce, warn_about_prompts, warn_about_sampling, what_next
 from rl.run.best import end_of, follow_best, is_over
 from rl.run.checks import check_recipe
 from rl.run.checkup import Checkups
@@ -185,12 +185,12 @@ def train(config: Config, check_only: bool = False, trust: bool = False) -> path
         if is_over(config, progress.best):
             log.message(end_of(config, progress.best, progress.steps_done))
         else:
-            log.saved(progress.steps_done, run.path)
+            log.ended(progress.steps_done, run.path, what_next("grpo", config.output_dir))
         return run.path
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """`grpo train CONFIG [--check] [--trust] [key=value ...]`."""
+    """`grpo train CONFIG [--check] [--trust] [--branch FOLDER] [key=value ...]`."""
     run_command(train, "grpo train", "examples/arithmetic/grpo.yml", argv)
 
 

@@ -17,7 +17,7 @@ from rl.data.prompts import check_enough_rows, evaluated_rows, load_pairs
 from rl.devices.mesh import check_sharded, create_mesh, no_implicit_transfers
 from rl.models.flavours import policy_from_config
 from rl.rollout.final_accuracy import FinalAccuracy
-from rl.run.announce import announce_supervised
+from rl.run.announce import announce_supervised, what_next
 from rl.run.best import refuse_best
 from rl.run.checkup import Checkups
 from rl.run.command import run_command
@@ -93,7 +93,7 @@ def train(config: Config, check_only: bool = False, trust: bool = False) -> path
         identity = supervised_identity(config, origin, pairs)
         run = stack.enter_context(RunOutput(config, "sft", identity, log, check_only=check_only, trust=trust))
         checkpoints = run.begin(mesh, init_policy_fn, abstract_state)
-        announce_supervised(log, pairs, len(held_out), origin, tokenizer, policy, run)
+        announce_supervised(log, config, pairs, len(held_out), origin, tokenizer, policy, mesh, packing, run)
         if check_only:
             log.last_word(run.would_do("grpo sft", config.sft.steps))
             return run.path
@@ -126,15 +126,15 @@ def train(config: Config, check_only: bool = False, trust: bool = False) -> path
             if is_last:
                 break
         run.wait_for_saves()
-        log.saved(progress.steps_done, run.path)
         if int(state.step) >= config.sft.steps:  # otherwise the run was asked to stop before its end
             accuracy.say(state.params, run.rewards_log, log)
             run.export(origin.model_config, state.params, tokenizer)
+        log.ended(progress.steps_done, run.path, what_next("sft", config.output_dir))
         return run.path
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """`grpo sft CONFIG [--check] [--trust] [key=value ...]`."""
+    """`grpo sft CONFIG [--check] [--trust] [--branch FOLDER] [key=value ...]`."""
     run_command(train, "grpo sft", "examples/arithmetic/sft.yml", argv)
 
 

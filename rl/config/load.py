@@ -36,8 +36,8 @@ from rl.files.json_file import shown
 CONFIG = "CONFIG"  # the argument of commands
 
 # Keys that may change when a run is resumed, because they do not change what a step computes. The number of steps does,
-# where the learning rate falls towards the last step: see `differences`. The size of a step does, too: the run goes on
-# at its place in the data, in the order that it began with (`rl.data.order`).
+# where it moves the end of the learning rate's schedule: see `differences`. The size of a step does, too: the run goes
+# on at its place in the data, in the order that it began with (`rl.data.order`).
 RESUMABLE_KEYS = (
     "pure_nnx",
     "output_dir",
@@ -73,6 +73,15 @@ RESUMABLE_KEYS = (
     "health",
     "logging",
     "profile",
+)
+
+HORIZON = "optimizer.schedule_updates"
+# Keys that may change in a branch (`grpo train RUN --branch FOLDER`), which goes on with the weights, the moments and
+# the place in the data of a run. They change what a step computes, and not what a checkpoint holds.
+BRANCH_KEYS = (
+    *("optimizer.lr", "optimizer.schedule", HORIZON, "optimizer.warmup_updates", "optimizer.decay_updates"),
+    *("optimizer.final_lr_ratio", "optimizer.weight_decay", "grpo.steps", "sft.steps", "grpo.epsilon"),
+    *("grpo.epsilon_high", "grpo.mask_truncated", "grpo.dynamic_sampling_rounds", "sampling.temperature"),
 )
 
 # Sections, and keys of other sections, that change no compiled program.
@@ -163,22 +172,35 @@ def dump_config(config: Config) -> str:
     return write_yaml(to_dict(config))
 
 
-def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
+def differences(old: Config, new: Config, kind: str = "grpo") -> dict[str, tuple[Any, Any]]:
     """The keys that differ and change what a step computes: {dotted key: (old, new)}. When empty, `new` may resume the
-    run of `old`.
+    run of `old`. kind: "grpo" or "sft".
     """
     old_flat, new_flat = flatten(to_dict(old)), flatten(to_dict(new))
     fixed = [key for key in new_flat if not any(key == free or key.startswith(free + ".") for free in RESUMABLE_KEYS)]
-    if new.optimizer.schedule != "constant":
-        fixed += ["grpo.steps", "sft.steps"]
+    fixed.remove(HORIZON)
+    if new.optimizer.schedule != "constant" and horizon(old, kind) != horizon(new, kind):
+        fixed += [f"{kind}.steps", HORIZON]
     return {key: (old_flat.get(key), new_flat[key]) for key in fixed if old_flat.get(key) != new_flat[key]}
+
+
+def horizon(config: Config, kind: str) -> int:
+    """The number of updates over which the schedule of the learning rate runs."""
+    of_grpo = config.grpo.steps * config.grpo.minibatches * config.grpo.epochs
+    return config.optimizer.schedule_updates or (config.sft.steps if kind == "sft" else of_grpo)
+
+
+def cannot_branch(old: Config, new: Config, kind: str) -> dict[str, tuple[Any, Any]]:
+    """`differences` that a branch of the run of `old` may not have either."""
+    return {key: pair for key, pair in differences(old, new, kind).items() if key not in BRANCH_KEYS}
 
 
 def program_keys(config: Config) -> dict[str, Any]:
     """The keys that decide which programs a GRPO run compiles: {dotted key: value}."""
     flat = flatten(to_dict(config))
     free = [key for key in flat if key.split(".")[0] in _NO_PROGRAM and key != "data.max_prompt_length"]
-    free += ["grpo.steps"] if config.optimizer.schedule == "constant" else []
+    is_free = config.optimizer.schedule == "constant" or config.optimizer.schedule_updates is not None
+    free += ["grpo.steps"] if is_free else []
     return {key: value for key, value in flat.items() if key not in free and key not in _NO_PROGRAM_KEYS}
 
 

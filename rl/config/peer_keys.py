@@ -182,7 +182,7 @@ PEER_KEYS: tuple[PeerKey, ...] = (
     PeerKey("verl", "trainer.n_gpus_per_node", "mesh.fsdp", "the mesh takes what is there"),
     PeerKey("verl", "trainer.nnodes", "distributed.num_processes", "found by itself on clusters"),
     PeerKey("verl", "trainer.resume_mode", "", "the same command again resumes the run: leave it out"),
-    # MaxText: configs/base.yml, rl.yml
+    # MaxText: its base.yml
     PeerKey("MaxText", "num_generations", "grpo.group_size", "completions of a prompt"),
     PeerKey("MaxText", "grpo_beta", "grpo.beta"),
     PeerKey("MaxText", "grpo_epsilon", "grpo.epsilon"),

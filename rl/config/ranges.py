@@ -171,6 +171,7 @@ RANGES = {
     "optimizer.lr": _NOT_NEGATIVE,
     "optimizer.lr_groups.*.lr_scale": _NOT_NEGATIVE,
     "optimizer.warmup_updates": _COUNT,
+    "optimizer.schedule_updates": _SIZE,
     "optimizer.decay_updates": _SIZE,
     "optimizer.final_lr_ratio": _SHARE,
     "optimizer.b1": _BELOW_ONE,

@@ -704,6 +704,11 @@ def _check_without_data(config: Config) -> None:
 def _check_optimizer(config: Config) -> None:
     """Ranges, and settings that the chosen optimizer or schedule needs or cannot have."""
     section = config.optimizer
+    if section.schedule == "constant" and section.schedule_updates is not None:
+        raise ValueError(
+            "optimizer.schedule_updates must be null with optimizer.schedule constant, which never falls, got "
+            f"{section.schedule_updates}; leave it out"
+        )
     if section.schedule == "wsd" and section.decay_updates is None:
         raise ValueError(
             "optimizer.decay_updates must be set with optimizer.schedule wsd, got null; about a tenth of the run's "

@@ -386,6 +386,7 @@ class OptimizerSection:
     lr: float
     lr_groups: list[LearningRateGroup]
     schedule: Literal["constant", "linear", "cosine", "wsd"]
+    schedule_updates: int | None
     warmup_updates: int
     decay_updates: int | None
     final_lr_ratio: float

@@ -110,6 +110,8 @@ def joined(section: DistributedSection) -> Iterator[None]:
     quiet_libtpu()
     join_processes(section)
     try:
+        if jax.distributed.is_initialized() and jax.default_backend() == "cpu":
+            _connect_quietly()
         yield
     except BaseException as error:
         if not jax.distributed.is_initialized():
@@ -117,6 +119,26 @@ def joined(section: DistributedSection) -> Iterator[None]:
         os._exit(_report(error))
     if jax.distributed.is_initialized():
         jax.distributed.shutdown()
+
+
+def _connect_quietly() -> None:
+    """Has the processes meet for the first time while nothing goes to standard output: gloo writes a line about its
+    connections there, past Python.
+    """
+    sys.stdout.flush()
+    try:
+        before = os.dup(1)
+    except OSError:  # closed by the parent process
+        multihost_utils.sync_global_devices("joined")
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 1)
+        multihost_utils.sync_global_devices("joined")
+    finally:
+        os.dup2(before, 1)
+        os.close(before)
+        os.close(nowhere)
 
 
 def _report(error: BaseException) -> int:

@@ -68,9 +68,10 @@ class FinalAccuracy:
             if problem := left_out_of_evaluation(runner, reward):
                 console.warning(problem)
             names = self._config.data.source_names
-            result = evaluate(
-                self._sampler, params, self._rows, runner, self._tokenizer, self._sampling, reward, sources=names
-            )
+            with console.alive("evaluating"):
+                result = evaluate(
+                    self._sampler, params, self._rows, runner, self._tokenizer, self._sampling, reward, sources=names
+                )
         console.message(f"held-out greedy accuracy {result.accuracy:.1%} on {result.num_prompts} prompts")
         for name, own in result.sources.items():
             console.message(f"  source {name}: {own.accuracy:.1%} on {own.num_prompts} prompts")

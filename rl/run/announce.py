@@ -1,12 +1,16 @@
 """Messages of a run before its first step: what runs where, on which data, and what may go wrong."""
 
+import math
+import shlex
+
 from jax.sharding import Mesh
 
 from rl.config.load import Config, preset_values
 from rl.data.prompts import PairData, PromptData
 from rl.data.tokenizer import Tokenizer
+from rl.models.config import flatten_specs, parameter_specs
 from rl.models.foreign import files as foreign
-from rl.models.lora import quantization_of
+from rl.models.lora import quantization_of, split
 from rl.models.policy import Policy
 from rl.run.console import Console
 from rl.run.output import RunOutput
@@ -81,24 +85,54 @@ def announce(
     grpo = config.grpo
     num_sequences = grpo.prompts_per_step * grpo.group_size
     per_step = f"{grpo.prompts_per_step} prompts x {grpo.group_size} completions = {num_sequences} sequences"
-    size = f"{origin.model_config.num_parameters / 1e6:.1f}M parameters"
-    axes = " ".join(f"{axis}={count}" for axis, count in mesh.shape.items())
-    rows = {
-        "run folder": run.path,
-        "model": f"{origin.identity['source'] or 'fresh'}, {origin.model_config.family}, {size}",
-        "policy": f"{policy.flavour}, {origin.model_config.dtype}, {policy.kernel.title}",
-        "devices": f"{mesh.size} x {mesh.devices.flat[0].device_kind}, {axes}",
+    rows = header(run.path, origin, policy, mesh)
+    rows |= {
         "prompts": f"{_num_train(data)}, {len(data.held_out)} held out",
         "step": f"{per_step}, {updates_per_step(config)} update(s)",
         "packing": f"{packing.num_rows} rows x {packing.row_length} tokens a piece",
     }
-    if lora := policy.config.lora:
-        quantization = quantization_of(policy.config)
-        base = quantization.dtype if quantization else lora.base_dtype or policy.config.param_dtype
-        rows["adapters"] = f"rank {lora.rank}, scale {lora.scale:g}, on {' '.join(lora.targets)}; frozen base in {base}"
     if grpo.preset:
         rows["preset " + grpo.preset] = " ".join(f"{key}={value}" for key, value in preset_values(config).items())
     console.table("grpo train", rows)
+
+
+def header(folder: object, origin: Origin, policy: Policy, mesh: Mesh, is_trained: bool = True) -> dict[str, str]:
+    """The first rows of the table that every command with a model prints: which weights, computed how and where.
+
+    folder: of the run; None where there is none. is_trained: whether the command trains.
+    """
+    config, rows = policy.config, {} if folder is None else {"run folder": str(folder)}
+    size, of_adapters = _count(config.num_parameters), ""
+    if config.lora:
+        num_trained = sum(math.prod(spec.shape) for _, spec in flatten_specs(split(config, parameter_specs(config))[0]))
+        of_adapters = f"{_count(num_trained)} of {size} parameters {'train' if is_trained else 'are adapters'}: "
+    axes = " ".join(f"{axis}={count}" for axis, count in mesh.shape.items())
+    rows |= {
+        "model": f"{origin.identity['source'] or 'fresh'}, {config.family}, {size} parameters",
+        "policy": f"{policy.flavour}, {config.dtype}, {policy.kernel.title}",
+        "devices": f"{mesh.size} x {mesh.devices.flat[0].device_kind}, {axes}",
+    }
+    if lora := policy.config.lora:
+        quantization = quantization_of(policy.config)
+        base = quantization.dtype if quantization else lora.base_dtype or policy.config.param_dtype
+        what = f"rank {lora.rank}, scale {lora.scale:g}, on {' '.join(lora.targets)}; frozen base in {base}"
+        rows["adapters"] = of_adapters + what
+    return rows
+
+
+def what_next(kind: str, folder: object) -> str:
+    """What can be done with a run that has ended. kind: "grpo" or "sft"."""
+    run = shlex.quote(str(folder))
+    first = f"`grpo train CONFIG model.source={run}/export`, " if kind == "sft" else f"`grpo report {run}`, "
+    return f"{first}`grpo eval {run}`, `grpo sample {run} --prompt TEXT`, `grpo export {run} FOLDER`"
+
+
+def _count(number: int) -> str:
+    """Parameters in thousands, millions or billions, with three digits or so."""
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if number >= size:
+            return f"{number / size:.{1 if number < 100 * size else 0}f}{unit}"
+    return str(number)
 
 
 def _num_train(data: PromptData) -> str:
@@ -111,22 +145,24 @@ def _num_train(data: PromptData) -> str:
 
 def announce_supervised(
     console: Console,
+    config: Config,
     pairs: PairData,
     num_held_out: int,
     origin: Origin,
     tokenizer: Tokenizer,
     policy: Policy,
+    mesh: Mesh,
+    packing: PackingPlan,
     run: RunOutput,
 ) -> None:
     """The same for supervised fine-tuning."""
     for message in (*pairs.messages, *origin.messages, *foreign.notes(policy), *run.folder.messages):
         console.message(message)
-    rows = {
-        "run folder": run.path,
-        "policy": f"{policy.flavour}, {policy.kernel.title}",
-        "pairs": len(pairs.rows),
-        "held out": num_held_out,
-        "parameters": f"{origin.model_config.num_parameters / 1e6:.1f}M",
+    rows = header(run.path, origin, policy, mesh)
+    rows |= {
+        "pairs": f"{len(pairs.rows)} train, {num_held_out} held out",
+        "step": f"{config.sft.batch_size} pairs, 1 update(s)",
+        "packing": f"{packing.num_rows} rows x {packing.row_length} tokens a piece",
     }
     console.table("grpo sft", rows)
     warn_about_template(console, tokenizer)

@@ -22,6 +22,7 @@ import rich.table
 import rich.text
 
 from rl.errors import silence
+from rl.run.heartbeat import heartbeat
 from rl.run.live_lines import LiveLines
 from rl.run.step_values import Group
 from rl.run.visible import prompt_text, shortened, visible
@@ -44,6 +45,9 @@ _WATCHED = (
 _EVALUATION = re.compile(r"eval/(?:(?P<set>[^/]+)/)?(?:accuracy|avg_at_(?P<k>\d+))")
 _MOST_EVALUATIONS = 4
 _SPEEDS = (("tokens_per_second/rollout", "rollout"), ("tokens_per_second/train", "train"))
+
+
+_KEPT_LINES = 10  # lines of a run's steps that a terminal keeps, beside those of evaluations
 
 
 class _RichConsole(rich.console.Console):
@@ -75,8 +79,9 @@ class Console:
     """Prints the progress of a run of `total_steps` steps to `stream` (standard output when None).
 
     On a terminal a few lines at the bottom show the run as it is, from `begin_steps` or the first step on, and
-    evaluations, tables, messages and warnings scroll above them. In a notebook one output of the cell is redrawn.
-    Elsewhere everything is a plain line. With `is_quiet`, warnings and last words alone are printed.
+    evaluations, every tenth of the steps, tables, messages and warnings scroll above them. In a notebook one output of
+    the cell is redrawn. Elsewhere everything is a plain line. With `is_quiet`, warnings and last words alone are
+    printed.
     """
 
     def __init__(self, total_steps: int, stream: TextIO | None = None, is_quiet: bool = False):
@@ -129,8 +134,10 @@ class Console:
         if not self._is_live and self._notebook is None:
             self._print("  ".join([counter, *fields, f"left {left}"]))
             return
-        if evaluations := format_evaluations(metrics):
+        tenth = self._total_steps // _KEPT_LINES if self._total_steps >= 2 * _KEPT_LINES else 0
+        if (evaluations := format_evaluations(metrics)) or (tenth and step % tenth == 0):
             self.message("  ".join([counter, *fields]))
+        if evaluations:
             self._evaluated = [*evaluations, f"at step {step}"]
         self._seen |= {name: value for name, value in metrics.items() if value is not None}
         self._steps_done = step
@@ -177,6 +184,12 @@ class Console:
         self._print(title, style="bold")
         for name, value in rows.items():
             self._print(f"  {name:<{width}}  {value}")
+
+    def alive(self, what: str) -> contextlib.AbstractContextManager[None]:
+        """A context during which a line says from time to time that `what` goes on, unless a live display does."""
+        if self._is_quiet or self._live is not None:
+            return contextlib.nullcontext()
+        return heartbeat(self.message, what)
 
     def close(self) -> None:
         """Leaves the live display and gives the terminal back. A second call does nothing."""

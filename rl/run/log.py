@@ -61,6 +61,7 @@ class RunLog(Console):
         # Events wait for the first line of this process, so that a start that fails before it leaves no file.
         self._waiting: list[dict[str, Any]] | None = []
         self._path: pathlib.Path | None = None
+        self._first = contextlib.ExitStack()  # what lasts until the first line
 
     @contextlib.contextmanager
     def tracking(self, folder: pathlib.Path, kind: str, is_resumed: bool) -> Iterator[None]:
@@ -122,7 +123,9 @@ class RunLog(Console):
                 self.stopwatch = Stopwatch(self._around_phase)
                 self.begin_steps(first_step)
                 self._profile.begin(folder, first_step + 1)
-                yield
+                with self._first:
+                    self._first.enter_context(self.alive("compiling and running the first step"))
+                    yield
         finally:
             self._writer = None
 
@@ -137,7 +140,9 @@ class RunLog(Console):
 
     @contextlib.contextmanager
     def _around_phase(self, phase: str) -> Iterator[None]:
-        with self._in_phase(phase), annotated(phase):
+        is_long = phase == "eval" and self._waiting is None  # before the first line, all is said to go on
+        life = self.alive("evaluating") if is_long else contextlib.nullcontext()
+        with self._in_phase(phase), annotated(phase), life:
             yield
 
     def timer(self, phase: str) -> contextlib.AbstractContextManager[None]:
@@ -189,6 +194,7 @@ class RunLog(Console):
         step, every = metrics["step"], self._config.logging.table_every
         has_table = bool(every) and (step == 1 or step % every == 0)
         metrics = {**metrics, **(self._trackers.metrics() if self._trackers else {})}
+        self._first.close()
         self._writer.write(metrics)
         waiting, self._waiting = self._waiting, None
         for event in waiting or ():
@@ -218,10 +224,15 @@ class RunLog(Console):
             f"raise {self._steps_key} to go on, or name another output_dir"
         )
 
-    def saved(self, step: int, path: pathlib.Path) -> None:
-        """To be called last, when everything is on disk: says where a run that stopped early can be gone on with."""
+    def ended(self, step: int, path: pathlib.Path, what_next: str) -> None:
+        """To be called last, when everything is on disk: where the run is, and what to do next.
+
+        what_next: with a run that has all its steps.
+        """
         if step < self._total_steps:
             self.last_word(f"saved step {step} of {self._total_steps} in {path}; the same command goes on")
+        else:
+            self.last_word(f"done: {path} has all {step} steps; next: {what_next}")
 
     def messages(self, texts: Iterable[str]) -> None:
         """Prints each text on lines of its own."""

@@ -15,10 +15,19 @@ import pathlib
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-from rl.config.load import Config, differences, dump_config, load_config, override_values
+from rl.config.load import (
+    HORIZON,
+    Config,
+    cannot_branch,
+    differences,
+    dump_config,
+    horizon,
+    load_config,
+    override_values,
+)
 from rl.config.objects import check_given
 from rl.config.sections import flatten, to_dict
 from rl.devices import hosts
@@ -569,16 +578,13 @@ def _check_same_run(
     identity: dict[str, Any],
 ) -> None:
     """ValueError, naming the difference, where the run in a folder is not the run that starts."""
+    kind = identity["kind"]
     way_out = "choose another output_dir, or pass checkpoint.overwrite=true to replace that run"
-    if old_identity["kind"] != identity["kind"]:
+    if old_identity["kind"] != kind:
+        raise ValueError(f"output_dir {path} holds a run of kind {old_identity['kind']!r}, this is {kind!r}; {way_out}")
+    if changed := differences(old_config, config, kind):
         raise ValueError(
-            f"output_dir {path} holds a run of kind {old_identity['kind']!r}, this is {identity['kind']!r}; {way_out}"
-        )
-    changed = differences(old_config, config)
-    if changed:
-        text = "; ".join(f"{key} was {old!r}, is {new!r}" for key, (old, new) in list(changed.items())[:5])
-        raise ValueError(
-            f"output_dir {path} holds another run: {text}; {way_out}, or restore the old values to resume it"
+            f"output_dir {path} holds another run: {_how_to_go_on(path, old_config, config, kind, changed)}"
         )
     for name, value in identity.items():
         if name == HELD_OUT and name not in old_identity:
@@ -588,6 +594,24 @@ def _check_same_run(
                 f"the {name} of the run in {path} was {old_identity.get(name)}, it is now {value}; "
                 f"a resumed run needs the same one; {way_out}"
             )
+
+
+def _how_to_go_on(
+    path: pathlib.Path, old: Config, new: Config, kind: str, changed: Mapping[str, tuple[Any, Any]]
+) -> str:
+    """Which keys a resumed run cannot change and why, and what to do: to resume it, to branch off, to begin anew."""
+    parts = [f"{key} was {then!r}, is {now!r}" for key, (then, now) in list(changed.items())[:5]]
+    why, back = "which changes what a step computes", "give it the old value to resume it"
+    if set(changed) <= {f"{kind}.steps", HORIZON}:
+        why = f"and the {new.optimizer.schedule} schedule of the learning rate would end elsewhere"
+        back = f"{HORIZON}={horizon(old, kind)} keeps the schedule of the run, to resume it"
+    ways = [back]
+    if not cannot_branch(old, new, kind):
+        keys = " ".join(f"{key}={json.dumps(now)}" for key, (_, now) in changed.items())
+        command = "train" if kind == "grpo" else kind
+        ways.append(f"`grpo {command} {path} --branch FOLDER {keys}` goes on from its last checkpoint in a new folder")
+    ways.append("choose another output_dir, or pass checkpoint.overwrite=true to replace that run")
+    return f"{'; '.join(parts)}, {why}; {'; or '.join(ways)}"
 
 
 def _lock(path: pathlib.Path) -> int:

@@ -350,6 +350,17 @@ def _read_hashes(path: pathlib.Path) -> tuple[str, dict[str, str], dict[str, Any
     return listed["algorithm"], listed["files"], origin, digest is not None
 
 
+def give_to(folder: pathlib.Path, run: str) -> None:
+    """Says in the hashes of a copied step that it is of another run, by its id. A step without them stays as it is."""
+    path = folder / HASHES
+    if not path.is_file():
+        return
+    listed = json.loads(path.read_bytes())
+    listed.pop("digest", None)
+    listed[RUN_KEY] = run
+    path.write_text(json.dumps({**listed, "digest": _digest(listed)}), encoding="utf-8")
+
+
 def _digest(body: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 

@@ -62,14 +62,14 @@ def create_training_optimizer(
         )
     if num_updates is None:
         num_updates = config.grpo.steps * updates_per_step(config)
-    _check_length(section, num_updates)
+    horizon = _horizon(section, num_updates)
     all_specs = parameter_specs(policy.config)
     specs = _by_name(split(policy.config, all_specs)[0])
     is_asked_for = policy.config.has_known_names or section.weight_decay
     for pattern in section.weight_decay_params if is_asked_for else ():
         _check_pattern("optimizer.weight_decay_params", pattern, _by_name(all_specs))
     _check_groups(section.lr_groups, specs)
-    schedule = _schedule(section, num_updates)
+    schedule = _schedule(section, horizon)
     direction = _DIRECTIONS[section.name](section, section.moment_dtype or str(widen(policy.config.param_dtype)), specs)
     decay = optax.add_decayed_weights(
         section.weight_decay, mask=functools.partial(decay_mask, patterns=section.weight_decay_params)
@@ -292,6 +292,19 @@ def _stable_then_decay(lr: float, final_lr: float, num_updates: int, decay_updat
     """
     decay = optax.linear_schedule(lr, final_lr, decay_updates)
     return optax.join_schedules([optax.constant_schedule(lr), decay], [num_updates - decay_updates])
+
+
+def _horizon(section: OptimizerSection, num_updates: int) -> int:
+    """The number of updates over which the schedule runs, in a run of `num_updates`."""
+    horizon = section.schedule_updates or num_updates
+    if horizon < num_updates and not section.final_lr_ratio:
+        raise ValueError(
+            f"optimizer.schedule_updates must be >= {num_updates}, the updates of the run, where "
+            f"optimizer.final_lr_ratio is 0, got {horizon}: the learning rate would be 0 after these; raise it, or go "
+            "on with another schedule in a new folder (grpo train RUN --branch FOLDER)"
+        )
+    _check_length(section, horizon)
+    return horizon
 
 
 def _check_length(section: OptimizerSection, num_updates: int) -> None:

@@ -8,16 +8,19 @@ timed too.
 """
 
 import argparse
+import dataclasses
 import pathlib
 import sys
 import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from rl.config.load import load_config
+from rl.config.load import Config, load_config
 from rl.data.order import order_of
 from rl.data.prompts import load_prompts
+from rl.data.tokenizer import BYTE_SOURCE, Tokenizer
 from rl.devices.host_memory import peak_bytes, start_peak
+from rl.errors import MissingError
 from rl.files.output_file import check_writable
 from rl.models.files.folders import write_json
 from rl.run_folder.folder import check_trust
@@ -74,12 +77,12 @@ def bench(
     config = load_config(recipe, overrides)
     check_trust(recipe, config, overrides, TO_READ, trust)
     start = time.perf_counter()
-    tokenizer = tokenizer_from_config(config)
+    tokenizer, problem = _tokenizer(config)
     tokenizer_seconds = time.perf_counter() - start
     start_peak()
     start_bytes, start = peak_bytes(), time.perf_counter()
     data = load_prompts(config, tokenizer)
-    messages, num_rows, num_dropped, lengths = list(data.messages), data.num_rows, data.num_dropped, []
+    messages, num_rows, num_dropped, lengths = [*problem, *data.messages], data.num_rows, data.num_dropped, []
     if data.stream is not None:  # every block is read, so that what is wrong in one is seen before a run
         for number in range(1, data.stream.num_blocks):
             lengths += [len(row.prompt_ids) for row in data.stream.block(number)]
@@ -111,6 +114,20 @@ def bench(
         peak_bytes=peak,
         messages=messages,
     )
+
+
+def _tokenizer(config: Config) -> tuple[Tokenizer, list[str]]:
+    """The tokenizer of the recipe. Where its model is not there yet, because another stage will write it for instance,
+    bytes, and a message that says so.
+    """
+    try:
+        return tokenizer_from_config(config), []
+    except MissingError:
+        if config.tokenizer.source is not None or config.model.source is None:
+            raise
+    said = f"model.source {config.model.source!r} is not there, so tokens are bytes here (tokenizer.source=byte)"
+    tokenizer = dataclasses.replace(config.tokenizer, source=BYTE_SOURCE)  # pyright: ignore[reportArgumentType]
+    return tokenizer_from_config(dataclasses.replace(config, tokenizer=tokenizer)), [said]  # pyright: ignore[reportArgumentType]
 
 
 def report(result: DataBench) -> list[str]:

@@ -30,7 +30,10 @@ from rl.rollout.eval_sets import Write, evaluate_set, functions_of
 from rl.rollout.evaluation import EvalResult, accuracy_function, evaluate, left_out_of_evaluation
 from rl.rollout.reward_model import open_reward_models, weight_bytes
 from rl.rollout.scoring import start_rewards
+from rl.run.announce import header
+from rl.run.console import Console
 from rl.run.eval_files import record_line
+from rl.run.heartbeat import heartbeat
 from rl.run_folder.contents import HELD_OUT, Step
 from rl.run_folder.folder import check_trust, read_run
 from rl.run_folder.trust import MODEL, TO_EVALUATE
@@ -99,7 +102,13 @@ def evaluate_source(
                 "or name sets in eval.sets"
             )
         asked = [*rows, *(row for own in sets.values() for row in own)]
-        trained = load_source(source)
+        with heartbeat(_say, "reading the weights"):
+            trained = load_source(source)
+        if hosts.is_first():
+            of_model = header(source.run, trained.origin, trained.policy, trained.mesh, is_trained=False)
+            of_sets = [f"{len(own)} in {name}" for name, own in sets.items()]
+            prompts = ", ".join([f"{len(rows)} held out", *of_sets])
+            Console(0, sys.stderr).table("grpo eval", {**of_model, "prompts": prompts})
         sampling = sampling_params(config, eos_ids(config, trained.origin.model_config, trained.tokenizer))
         sizes = evaluation_sizes(config, len(rows), sets, sampling)
         judges = open_reward_models(config, trained.mesh)
@@ -107,6 +116,7 @@ def evaluate_source(
         sampler = create_sampler(config, *where, beside=weight_bytes(judges))
         with contextlib.ExitStack() as stack:
             stack.enter_context(contextlib.closing(sampler))
+            stack.enter_context(heartbeat(_say, f"evaluating {len(asked)} prompts"))
             episodes = stack.enter_context(start_episodes(config, trained.tokenizer, sampling.eos_ids, asked, None))
             runner = stack.enter_context(start_rewards(config, asked, None, trained.mesh, judges, episodes))
             problem = left_out_of_evaluation(runner, config.eval.reward) if rows else None
@@ -187,6 +197,11 @@ def _written(output: str | None, keep_samples: bool) -> Iterator[Write | None]:
                 stream.write(record_line(record))
 
             yield write
+
+
+def _say(text: str) -> None:
+    if hosts.is_first():
+        print(text, file=sys.stderr, flush=True)
 
 
 def changed_rows(

@@ -446,7 +446,10 @@ def test_a_folder_with_another_run_is_refused(run_of_someone, tmp_path):
         ("grpo.beta=0.1", r"grpo\.beta was 0\.0, is 0\.1"),
     ):
         refuse(
-            recipe, *overrides, change, match=rf"holds another run: {difference}; choose another output_dir, or pass"
+            recipe,
+            *overrides,
+            change,
+            match=rf"holds another run: {difference}, which changes what a step computes; give it the old value",
         )
     assert main(["sft", str(recipe), *overrides, "sft.batch_size=2"]) == 2
     assert snapshot(tmp_path) == before

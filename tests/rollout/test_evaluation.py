@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 
 import pytest
@@ -120,7 +121,16 @@ def test_an_evaluation_of_a_mixture_has_the_numbers_of_each_source(run, evaluate
         *("data.source=null", "data.args={operation: null, digits: null}", "data.eval_size=0"),
     ]
     main(["eval", str(run), *mixture, "eval.reward=even", "eval.max_prompts=11"])
-    assert "source subtract: accuracy " in capsys.readouterr().out
+    told = capsys.readouterr()
+    assert "source subtract: accuracy " in told.out
+    header = told.err[told.err.index("grpo eval\n") :]
+    assert re.findall(r"^  (\w[\w ]*?)  ", header, re.MULTILINE) == [
+        "run folder",
+        "model",
+        "policy",
+        "devices",
+        "prompts",
+    ]
     result, _ = evaluate_source(run, [*mixture, "eval.reward=even", "eval.max_prompts=11"])
     assert {name: own.num_prompts for name, own in result.sources.items()} == {"add": 5, "subtract": 6}  # by turns
     metrics = result.metrics()

@@ -249,6 +249,16 @@ def test_a_narrow_terminal_shows_what_fits_and_keeps_its_history(terminal, width
     assert max(map(len, rows)) < width
 
 
+def test_a_terminal_keeps_the_line_of_every_tenth_of_a_run_without_evaluations(terminal):
+    pseudo = terminal(100)
+    with Console(30, pseudo.stream) as console:
+        for step in range(1, 31):
+            console.step_line({"step": step, "loss": step / 10})
+        rows = pseudo.look()
+    kept = [f"step {step:2}/30  loss {step / 10:.4f}" for step in range(3, 31, 3)]
+    assert [row for row in rows if row.startswith("step") and "[" not in row] == kept
+
+
 def test_a_terminal_that_gets_narrower_keeps_history_and_one_display(terminal):
     pseudo = terminal(100)
     with Console(10, pseudo.stream) as console:

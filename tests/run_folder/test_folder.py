@@ -619,7 +619,7 @@ def test_what_lies_in_the_way_of_the_old_run_is_named_and_nothing_is_lost(tmp_pa
         (
             ("optimizer.lr=1e-3",),
             {},
-            r"holds another run: optimizer\.lr was 1e-06, is 0\.001; choose another output_dir, or",
+            r"holds another run: optimizer\.lr was 1e-06, is 0\.001, which .*; or choose another output_dir, or",
         ),
         ((), {"kind": "sft"}, r"holds a run of kind 'grpo', this is 'sft'; choose another output_dir"),
         (

@@ -176,6 +176,17 @@ def test_a_falling_rate_stops_at_the_share_of_the_peak_that_is_asked_for(schedul
     np.testing.assert_allclose(rates(schedule, 6), expected, rtol=1e-6)
 
 
+def test_a_schedule_of_its_own_length_stays_at_its_last_rate_in_a_longer_run():
+    settings = ("optimizer.schedule=linear", "optimizer.final_lr_ratio=0.2")
+    short, _ = create("grpo.steps=4", *settings)
+    longer, _ = create("grpo.steps=9", "optimizer.schedule_updates=4", *settings)
+    np.testing.assert_array_equal(rates(longer, 9), rates(short, 9))
+    with pytest.raises(ValueError, match=r"schedule_updates must be >= 9, the updates of the run, .* got 4"):
+        create("grpo.steps=9", "optimizer.schedule=linear", "optimizer.schedule_updates=4")
+    with pytest.raises(ValueError, match=r"schedule_updates must be null with optimizer\.schedule constant"):
+        create("optimizer.schedule_updates=4")
+
+
 def test_a_decay_that_does_not_fit_the_run_is_refused():
     settings = ("grpo.steps=3", "grpo.epochs=2", "optimizer.schedule=wsd", "optimizer.warmup_updates=2")
     message = r"decay_updates must be at most 4, what the warm-up leaves of the run's 6 updates, got 5; lower it or"

@@ -44,6 +44,14 @@ def test_every_row_is_counted_once_and_lengths_are_those_of_training(recipe):
     assert min(result.seconds, result.step_seconds, result.tokenizer_seconds) > 0
 
 
+def test_a_recipe_whose_model_is_not_there_yet_is_measured_in_bytes(recipe, capsys):
+    assert main(["data", "bench", str(recipe), "model.source=./none"]) == 0
+    told = capsys.readouterr().out
+    assert "model.source './none' is not there, so tokens are bytes here" in told
+    assert f"{bench(recipe).num_tokens:,} in all" in told
+    assert main(["data", "bench", str(recipe), "model.source=./none", "tokenizer.source=./none"]) == 2
+
+
 def test_rows_that_share_a_held_out_question_are_removed(tmp_path):
     rows = [{"prompt": f"{n // 2}+1=", "answer": "1"} for n in range(8)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -87,7 +95,7 @@ def test_the_command_needs_no_device_and_writes_its_numbers(recipe, tmp_path):
         (["bench", "recipe.yml", "data.columns.prompt=text"], "'text'"),
         (["bench", "recipe.yml", "data.max_prompt_length=2"], "must let a prompt of data.source through, got 2"),
         (["bench", "recipe.yml", "grpo.prompts_per_step=11"], "grpo.prompts_per_step"),
-        (["bench", "recipe.yml", "tokenizer.source=no/such/folder"], "tokenizer.source must be a folder that exists"),
+        (["bench", "recipe.yml", "tokenizer.source=no/such/folder"], "tokenizer.source must be a Hugging Face folder"),
         (["bench", "recipe.yml", "data.max_prompt=2"], "did you mean 'data.max_prompt_length'"),
     ],
 )

@@ -217,6 +217,7 @@ def test_a_run_is_refused_beside_another_base_and_finds_its_own_under_any_name(f
 def test_an_exported_run_is_unmerged_to_its_base_bit_for_bit(folder, run, tmp_path, dtype):
     grpo("export", run, tmp_path / "merged", "--dtype", dtype)
     grpo("lora", "extract", run, tmp_path / "adapter")
+    assert load_tokenizer(tmp_path / "adapter").encode("1+") == load_tokenizer("byte").encode("1+")
     grpo("lora", "unmerge", tmp_path / "merged", tmp_path / "adapter", tmp_path / "base")
     want = jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(dtype)), weights(folder / "base"))
     jax.tree.map(assert_same_bits, weights(tmp_path / "base"), want)

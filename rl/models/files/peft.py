@@ -63,12 +63,15 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 _ALL_LINEAR = "all-linear"  # as target_modules it means every matrix of the layers
 
 
-def save_adapter(folder: str | pathlib.Path, config: ModelConfig, params: Params, base: str | None) -> None:
+def save_adapter(
+    folder: str | pathlib.Path, config: ModelConfig, params: Params, base: str | None, tokenizer: Any = None
+) -> None:
     """Writes the adapters of `params` as a folder that peft opens; it appears whole or not at all.
 
     Args:
       config: the policy's configuration, with `lora`.
       base: folder or hub id of the base model, a note for whoever opens the adapter.
+      tokenizer: written beside the adapter with its chat template, which may not be the base's; None: none is.
 
     Raises:
       ValueError: the model has no adapters, or the folder exists and is not empty.
@@ -101,6 +104,8 @@ def save_adapter(folder: str | pathlib.Path, config: ModelConfig, params: Params
     with new_folder(folder) as draft:
         write_json(draft / CONFIG_FILE, settings)
         save_tensors(draft / WEIGHTS_FILE, tensors)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(str(draft))
 
 
 def read_adapter(folder: str | pathlib.Path) -> LoRAConfig:

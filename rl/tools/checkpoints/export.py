@@ -59,7 +59,8 @@ def export(
 def export_adapter(
     run: str | pathlib.Path, out: str | pathlib.Path, step: Step | None = None, trust: bool = False
 ) -> int:
-    """Writes the adapter of checkpoint `step` (None: the newest) as a folder that peft opens. Returns the step.
+    """Writes the adapter of checkpoint `step` (None: the newest) as a folder that peft opens, with the tokenizer.
+    Returns the step.
 
     Args:
       trust: see `rl.run_folder.folder.check_trust`.
@@ -75,7 +76,8 @@ def export_adapter(
         raise ValueError(f"--adapter needs a run that trained adapters (lora.rank), got {str(run)!r} with lora.rank 0")
     check_trust(folder, config, (), (MODEL,), trust)
     trained = load_checkpoint(config, folder, step)
-    save_adapter(out, trained.policy.config, trained.params, config.model.source)
+    trained.tokenizer.mark_prompts(config.data.chat)
+    save_adapter(out, trained.policy.config, trained.params, config.model.source, trained.tokenizer)
     assert trained.step is not None
     return trained.step
 

@@ -46,6 +46,7 @@ from rl.models.files.hf import (
 )
 from rl.models.files.hf_config import quantization_json
 from rl.models.quantized import QuantizedArray, chosen_matrices, is_chosen, tile_of
+from rl.run.heartbeat import heartbeat
 from rl.state.origin import tokenizer_from_config
 from rl.state.param_folder import is_param_folder
 from rl.tools.quantization import layerwise
@@ -71,12 +72,14 @@ def quantize_folder(
     quantization: Quantization,
     tokens: Sequence[int] | None = None,
     context: int = 512,
+    told: Callable[[str], object] = str,
 ) -> QuantizeReport:
     """Writes `source`, its chosen matrices quantised, to `out`.
 
     Args:
       tokens: token ids of a text; None: no perplexity.
       context: the number of tokens that the model sees at a time.
+      told: called with how far it is, in words.
 
     Raises:
       ValueError: there is no such model, it is a parameter-only checkpoint or quantised already, there is nothing to
@@ -100,6 +103,7 @@ def quantize_folder(
     layers, weight_map, bytes_before, bytes_after = [], {}, 0, 0
     with new_folder(out) as draft:
         for number, name in enumerate(units):
+            told(f"{number} of {len(units)} parts done")
             unit = read(name)
             tensors: dict[str, np.ndarray] = {}
             for path, value in unit.stored.items():
@@ -242,10 +246,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.context < 2:
         raise ValueError(f"--context must be >= 2, got {arguments.context}")
     limit_arenas(MALLOC_ARENAS)
-    options = (arguments.out, quantization, tokens, arguments.context)
-    report = quantize_folder(arguments.model, *options) if config is None else quantize_foreign(config, *options)
+    far = ["0 parts done"]
+    options = (arguments.out, quantization, tokens, arguments.context, lambda text: far.append(text))
+    with heartbeat(_say, lambda: f"quantising {arguments.model}, {far[-1]}"):
+        report = quantize_folder(arguments.model, *options) if config is None else quantize_foreign(config, *options)
     print_report(report, quantization)
     print(f"written to {arguments.out}")
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def _check_patterns(patterns: Sequence[str]) -> None:

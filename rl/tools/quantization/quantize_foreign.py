@@ -10,7 +10,7 @@ import dataclasses
 import math
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -44,12 +44,13 @@ def quantize_foreign(
     quantization: Quantization,
     tokens: Sequence[int] | None = None,
     context: int = 512,
+    told: Callable[[str], object] = str,
 ) -> QuantizeReport:
     """Writes the model of `config` to `out`, with the chosen matrices quantised.
 
     Args:
       quantization: without `head`; a pattern can name a head like any matrix.
-      tokens, context: see `rl.tools.quantization.quantize.quantize_folder`.
+      tokens, context, told: see `rl.tools.quantization.quantize.quantize_folder`.
 
     Raises:
       ValueError: there are no weights, they are quantised already, there is nothing to quantise, the group size does
@@ -68,6 +69,7 @@ def quantize_foreign(
     layers, weight_map, bytes_before, bytes_after = [], {}, 0, 0
     with new_folder(out) as draft:
         for number, (name, parameters) in enumerate(units.items()):
+            told(f"{number} of {len(units)} parts done")
             tensors: dict[str, np.ndarray] = {}
             squares: dict[str, tuple[float, float]] = {}
             for path, spec in parameters:

@@ -28,6 +28,7 @@ from rl.data.tokenizer import Tokenizer
 from rl.devices.programs import use_compilation_cache
 from rl.files.stores import check_path, continued_file, local_copy
 from rl.models.config import ModelConfig
+from rl.run.heartbeat import heartbeat
 from rl.run_folder.folder import read_run
 from rl.run_folder.remote_steps import local_source
 from rl.sampler.contract import Completion, CompletionSource, Request
@@ -77,10 +78,13 @@ def sample(arguments: argparse.Namespace, model: str, overrides: Sequence[str]) 
             write = file.write
         if not requests:
             return 0
-        trained = load_source(source)
         show_bar = sys.stderr.isatty() and (arguments.output is not None or not sys.stdout.isatty())
+        with heartbeat(_say, "reading the weights"):
+            trained = load_source(source)
         num_done, before = 0, len(file.done) if arguments.output is not None else 0
         advance = stack.enter_context(progress(before, before + len(requests), show_bar))
+        if not show_bar:
+            stack.enter_context(heartbeat(_say, lambda: f"{num_done} of {len(requests)} completions"))
         try:
             where = trained.policy, trained.mesh, trained.shardings, trained.tokenizer
             sampler = stack.enter_context(contextlib.closing(create_sampler(config, *where)))
