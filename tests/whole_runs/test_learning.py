@@ -71,7 +71,9 @@ def mean_of(lines: list[dict], name: str) -> float:
 def test_a_tool_is_called_where_answers_alone_are_mostly_wrong(tmp_path, monkeypatch, judged):
     """Without a signal (the reward counts nothing, a constant all) calls stay as rare."""
     monkeypatch.chdir(ROOT)
-    functions = f"[{{function: 'rewards.number:exact_number_strict', name: exact, weight: {float(judged)}}}, {CONSTANT}]"
+    functions = (
+        f"[{{function: 'rewards.number:exact_number_strict', name: exact, weight: {float(judged)}}}, {CONSTANT}]"
+    )
     small = ["data.args.size=2000", "data.eval_size=0", "grpo.prompts_per_step=16", "sampling.temperature=0.8"]
     first, last = learned(tmp_path, "calculator", *small, f"rewards.functions={functions}")
     more_calls = mean_of(last, "tool_calls/mean") > mean_of(first, "tool_calls/mean") + 0.3
