@@ -161,7 +161,8 @@ def train(config: Config, check_only: bool = False, trust: bool = False) -> path
             metrics = {**checkup.metrics, **evaluated}
             # 5. write the step's line and samples
             num_samples = len(rollout.texts) if checkup.keep_samples else config.logging.samples_per_step
-            samples = kept_samples(rollout, num_samples, texts)
+            token_values = updater.token_values() if num_samples else []
+            samples = kept_samples(rollout, num_samples, texts, token_values)
             log.step(steps_done, metrics, rollout.num_tokens, samples, step_values(rollout))
             log.warnings([*rollout.problems, *checkup.warnings])
             checkups.raise_if_stuck(checkup)  # this step is not saved; its line and its samples show why

@@ -46,6 +46,9 @@ from rl.algorithms.loss_types import (
     sampler_ratio,
 )
 
+# Metrics that are the share of clipped tokens or sequences. A loss has one of them at most.
+CLIPS = ("clip_ratio_region_mean", "cispo_clip_ratio", "dppo_masked", "gmpo_clip_ratio")
+
 
 def entropy_threshold(entropy_BT: jax.Array, mask_BT: jax.Array, top_entropy_quantile: float) -> jax.Array:
     """The (1 - top_entropy_quantile) quantile of the entropies at mask 1, linearly interpolated; a scalar in nats.
@@ -252,6 +255,18 @@ def grpo_loss(
         sums.numerators["positive_nll"] = nll
         sums.weights["positive_nll"] = jnp.sum(positive_BT, dtype=dtype)
     return loss, stop_gradient(sums)  # metrics must not train anything
+
+
+def clipped_tokens(policy_logprobs_BT: jax.Array, inputs: LossInputs, config: LossConfig) -> jax.Array | None:
+    """bool [B, T]: the tokens at which the clip of the loss holds the gradient back, or at whose sequences it does.
+    None for a loss without a clip.
+
+    It calls the policy term again, which the compiler computes once.
+    """
+    sequences = prepare(policy_logprobs_BT, inputs, config)
+    _, means = loss_type_of(config).policy_term(sequences, config)
+    found = [means[name] for name in CLIPS if name in means]
+    return jnp.broadcast_to(found[0] != 0, sequences.mask_BT.shape) & sequences.mask_BT if found else None
 
 
 def _kl_term(sequences: Sequences, reference_logprobs_BT: jax.Array | None, config: LossConfig) -> jax.Array:

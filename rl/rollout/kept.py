@@ -4,6 +4,7 @@ In: a rollout, and what the updates measured of its tokens. Out: records for sam
 group for the console. Not here: the fields of a record that need no tokenizer (`rl.rollout.groups.sample_records`).
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,16 +14,23 @@ from rl.files.token_values import encode
 from rl.rollout.groups import Rollout, sample_records
 from rl.run.step_values import Group, Member, StepValues
 from rl.sampler.contract import Completion
+from rl.training.token_values import TokenValues
 
 
-def kept_samples(rollout: Rollout, count: int | None, texts: TokenTexts) -> list[dict[str, Any]]:
+def kept_samples(
+    rollout: Rollout, count: int | None, texts: TokenTexts, measured: Sequence[TokenValues | None]
+) -> list[dict[str, Any]]:
     """The records of `sample_records` with `token_texts`, the text of each token, and `per_token`, values of tokens as
     `rl.files.token_values` codes them. Further sequences of an episode have both, too.
 
-    Values, unknown for tokens that the policy did not draw:
-      sampler_logprob: under the policy's plain softmax, as the sampler computed it.
-      advantage: only where it varies within a sample.
+    The values are those of `rl.training.token_values.TokenValues`, unknown for tokens that the policy did not draw. A
+    sample that no update read has `sampler_logprob` alone: under the policy's plain softmax, as the sampler computed
+    it.
+
+    Args:
+      measured: of each completion that the loss sees (`Rollout.kept_B`), in order; empty: of none.
     """
+    of_kept = dict(zip(np.flatnonzero(rollout.kept_B).tolist(), measured, strict=True)) if measured else {}
     records = sample_records(rollout, count)
     places = {
         (done.prompt_index, done.sample_index): p * len(group) + g
@@ -32,24 +40,34 @@ def kept_samples(rollout: Rollout, count: int | None, texts: TokenTexts) -> list
     for record in records:
         b = places[record["prompt_index"], record["sample_index"]]
         completion = rollout.completions[b // len(rollout.completions[0])][b % len(rollout.completions[0])]
-        _add(record, completion, texts)
-        for own, further in zip(record.get("further", ()), completion.further, strict=True):
-            _add(own, further.completion, texts)
+        own = [completion, *(further.completion for further in completion.further)]
+        first = 0  # drawn tokens of the sequences before this one
+        for part, sequence in zip([record, *record.get("further", ())], own, strict=True):
+            part["token_texts"] = texts(sequence.token_ids.tolist())
+            if values := _values_of(sequence, of_kept.get(b), first):
+                part["per_token"] = values
+            first += _drawn(sequence).sum()
     return records
 
 
-def _add(record: dict[str, Any], completion: Completion, texts: TokenTexts) -> None:
-    record["token_texts"] = texts(completion.token_ids.tolist())
-    values = {"sampler_logprob": completion.policy_logprobs}
-    per_token = {name: encode(_of_drawn(column, completion)) for name, column in values.items() if column is not None}
-    if per_token:
-        record["per_token"] = per_token
+def _values_of(sequence: Completion, measured: TokenValues | None, first: int) -> dict[str, Any]:
+    """`per_token` of one sequence, whose drawn tokens are those from `first` on of what was measured."""
+    drawn = _drawn(sequence)
+    if measured is None:
+        logprobs = sequence.policy_logprobs
+        return {} if logprobs is None else {"sampler_logprob": encode(np.where(drawn, logprobs, np.nan))}
+    found = {}
+    for name, values in measured._asdict().items():
+        if values is not None and not np.isnan(values).all():
+            placed = np.full(drawn.shape, np.nan)
+            placed[drawn] = values[first : first + drawn.sum()]
+            found[name] = encode(placed)
+    return found
 
 
-def _of_drawn(values: np.ndarray, completion: Completion) -> np.ndarray:
-    """The values, NaN for tokens that the policy did not draw."""
-    values = np.asarray(values, np.float64)
-    return values if completion.trained is None else np.where(completion.trained, values, np.nan)
+def _drawn(sequence: Completion) -> np.ndarray:
+    """bool per token: whether the policy drew it."""
+    return np.ones(len(sequence.token_ids), bool) if sequence.trained is None else sequence.trained
 
 
 def step_values(rollout: Rollout) -> StepValues:

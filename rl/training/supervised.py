@@ -46,8 +46,8 @@ def negative_log_likelihood(config: Config) -> LossConfig:
 
 def supervised_options(config: Config, plan: PackingPlan) -> dict[str, Any]:
     """`train_step_options` for pairs: log-probs are of the whole softmax at temperature 1, and a step is one update."""
-    drawn = {"temperature": 1.0, "drawn_from": None}
-    return {**train_step_options(config, plan), **drawn, "minibatches_per_rollout": 1}
+    other = {"temperature": 1.0, "drawn_from": None, "minibatches_per_rollout": 1, "keeps_tokens": False}
+    return {**train_step_options(config, plan), **other}
 
 
 def plan_for_pairs(config: Config, rows: Sequence[PairRow], policy: Policy, mesh: Mesh) -> PackingPlan:

@@ -12,6 +12,7 @@ completion, B = R * C sequences of a piece, D model.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -21,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from rl.algorithms.loss_metrics import MetricSums, combine_sums, zero_sums
 from rl.algorithms.loss_types import Denominators, LossConfig, LossInputs
-from rl.algorithms.losses import denominators_for, grpo_loss
+from rl.algorithms.losses import clipped_tokens, denominators_for, grpo_loss
 from rl.devices.mesh import ROWS, from_host_memory, input_sharding, is_on_cpu, num_row_shards, replicated, row_sharding
 from rl.devices.programs import Program, callable_of
 from rl.models.drawn_from import DrawnFrom
@@ -75,6 +76,7 @@ class UpdateMetrics(NamedTuple):
       difference: the absolute difference between the policy's present log-probs and the sampler's.
       lost_share: the share of the non-zero updates of single weights that rounding discarded; None for weights in
         float32 or wider.
+      tokens: of single tokens; None unless they are kept.
     """
 
     loss: jax.Array
@@ -83,6 +85,20 @@ class UpdateMetrics(NamedTuple):
     is_applied: jax.Array
     difference: "Difference"
     lost_share: jax.Array | None
+    tokens: "TokenMeasures | None" = None
+
+
+class TokenMeasures(NamedTuple):
+    """What an update measures of each token, [M, R, C, L], 0 on padding.
+
+    Attributes:
+      logprobs_MRCL: of the policy before the update.
+      clipped_MRCL: bool, where the clip holds the gradient back; None where the ratio is 1 because there are no old
+        log-probs, and for losses without a clip.
+    """
+
+    logprobs_MRCL: jax.Array
+    clipped_MRCL: jax.Array | None
 
 
 TrainStep = Callable[[PureState, Minibatch], tuple[PureState, UpdateMetrics]]
@@ -114,6 +130,7 @@ def jit_train_step(
     shorter_lengths: Sequence[int] = (),
     max_sequences: int = 1,
     drawn_from: DrawnFrom | None = None,
+    keeps_tokens: bool = False,
 ) -> TrainStep:
     """The compiled update. The state is donated, so the caller must not use its argument again.
 
@@ -128,6 +145,7 @@ def jit_train_step(
       minibatches_per_rollout: updates of one pass over a rollout batch.
       shorter_lengths, max_sequences: those of the `PackingPlan`.
       drawn_from: the rules of the distribution that all log-probs are under; None: the whole softmax.
+      keeps_tokens: whether `UpdateMetrics.tokens` is given.
     """
     program = update_program(
         policy,
@@ -142,6 +160,7 @@ def jit_train_step(
         shorter_lengths=shorter_lengths,
         max_sequences=max_sequences,
         drawn_from=drawn_from,
+        keeps_tokens=keeps_tokens,
     )
     update = callable_of(TRAIN_STEP, program)
     trainable = Trainable(policy)
@@ -179,6 +198,7 @@ def update_program(
     shorter_lengths: Sequence[int] = (),
     max_sequences: int = 1,
     drawn_from: DrawnFrom | None = None,
+    keeps_tokens: bool = False,
 ) -> Program:
     """The program of `jit_train_step`: (state, minibatch) -> (state, metrics). With frozen weights it is (trained
     state, frozen weights, minibatch) -> (trained state, metrics). Argument 0 is donated.
@@ -206,7 +226,11 @@ def update_program(
             is_now_BL = on_policy | jnp.isnan(inputs.old_logprobs_BT)
             inputs = inputs._replace(old_logprobs_BT=jnp.where(is_now_BL, constant_BL, inputs.old_logprobs_BT))
         loss, sums = grpo_loss(logprobs_BL, entropy_BL, inputs, denominators, loss_config)
-        return loss, (sums, _difference(constant_BL, piece))
+        tokens = None
+        if keeps_tokens:
+            clipped_BL = None if inputs.old_logprobs_BT is None else clipped_tokens(constant_BL, inputs, loss_config)
+            tokens = TokenMeasures(constant_BL, clipped_BL)
+        return loss, (sums, _difference(constant_BL, piece), tokens)
 
     def update(state: PureState, frozen: Params, minibatch: Minibatch) -> tuple[PureState, UpdateMetrics]:
         batch = minibatch.batch
@@ -221,21 +245,24 @@ def update_program(
             return value, stack_runs(policy.config, grads)
 
         def add_piece(m, piece, carry):
-            loss, grads, sums, difference = carry
-            (piece_value, (piece_sums, piece_difference)), piece_grads = gradient(piece)
+            loss, grads, sums, difference, tokens = carry
+            (piece_value, (piece_sums, piece_difference, piece_tokens)), piece_grads = gradient(piece)
             grads = jax.tree.map(lambda total, part: total + part.astype(total.dtype), grads, piece_grads)
-            return loss + piece_value, grads, combine_sums(sums, piece_sums), difference.merge(piece_difference)
+            sums, difference = combine_sums(sums, piece_sums), difference.merge(piece_difference)
+            return loss + piece_value, grads, sums, difference, jax.tree.map(partial(_placed, m), tokens, piece_tokens)
 
         # Of the shapes of what is added up the model's gradient is no part: tracing it once more would take seconds.
-        _, R, C, L = batch.mask_MRCL.shape
+        M, R, C, L = batch.mask_MRCL.shape
         values_BL = jax.ShapeDtypeStruct((R * C, L), _logprob_dtype(policy, trainable.join(state.params, frozen)))
         piece = jax.eval_shape(_piece, batch, 0)
-        loss, (sums, difference) = jax.eval_shape(loss_of, values_BL, values_BL, piece, *constants)
+        loss, (sums, difference, tokens) = jax.eval_shape(loss_of, values_BL, values_BL, piece, *constants)
         grads = jax.eval_shape(lambda: stack_runs(policy.config, state.params))
         # In bfloat16 a sum of hundreds of pieces would lose pieces below 2^-9 of the sum.
         wide = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, widen(x.dtype)), grads)
-        start = (_zeros(loss), _zeros(wide), zero_sums(sums), _zeros(difference))
-        loss, sum_of_grads, sums, difference = _over_pieces(batch, shorter_lengths, max_sequences, add_piece, start)
+        whole = jax.tree.map(lambda like: jax.ShapeDtypeStruct((M, R, C, L), like.dtype), tokens)
+        start = (_zeros(loss), _zeros(wide), zero_sums(sums), _zeros(difference), _zeros(whole))
+        found = _over_pieces(batch, shorter_lengths, max_sequences, add_piece, start)
+        loss, sum_of_grads, sums, difference, tokens = found
         grads = jax.tree.map(lambda total, like: total.astype(like.dtype), sum_of_grads, grads)
         grad_norm = optax.tree.norm(sum_of_grads)
         is_applied = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
@@ -253,15 +280,16 @@ def update_program(
         # Moments in the host's memory come to the devices here, and leave as outputs.
         carry = (state.params, from_host_memory(state.opt_state, state_shardings.opt_state), lost_share)
         params, opt_state, lost_share = jax.lax.fori_loop(0, is_applied.astype(jnp.int32), apply, carry)
-        metrics = UpdateMetrics(loss, sums, grad_norm, is_applied, difference, lost_share)
+        metrics = UpdateMetrics(loss, sums, grad_norm, is_applied, difference, lost_share, tokens)
         return PureState(state.step + 1, params, opt_state, state.rng), metrics
 
     everywhere: Any = replicated(mesh)
     arguments = update_arguments(policy, state_shardings, minibatch_shardings(mesh, rules))
-    moving = arguments[0]
+    moving, of_tokens = arguments[0], batch_shardings(mesh, rules).mask_MRCL
+    measured = UpdateMetrics(*[everywhere] * (len(UpdateMetrics._fields) - 1), of_tokens)
     if not trainable.has_frozen:
-        return Program(lambda state, minibatch: update(state, {}, minibatch), arguments, (moving, everywhere), (0,))
-    return Program(update, arguments, (moving, everywhere), (0,))
+        return Program(lambda state, minibatch: update(state, {}, minibatch), arguments, (moving, measured), (0,))
+    return Program(update, arguments, (moving, measured), (0,))
 
 
 def token_logprobs_program(
@@ -288,13 +316,7 @@ def token_logprobs_program(
             values = _piece_logprobs(
                 policy, params, piece, temperature, chunk_size, mesh, rules, with_entropy, drawn_from
             )
-            return jax.tree.map(
-                lambda output, value: jax.lax.dynamic_update_index_in_dim(
-                    output, value.reshape(output.shape[1:]), m, 0
-                ),
-                outputs,
-                values,
-            )
+            return jax.tree.map(partial(_placed, m), outputs, values)
 
         empty = jnp.zeros(batch.mask_MRCL.shape, _logprob_dtype(policy, params))
         return _over_pieces(batch, shorter_lengths, max_sequences, fill, (empty, empty if with_entropy else None))
@@ -347,6 +369,11 @@ def _denominators(minibatch: Minibatch, config: LossConfig, minibatches_per_roll
         num_sequences=counts.num_sequences + minibatch.num_left_out_sequences,
         num_tokens=counts.num_tokens + minibatch.num_left_out_tokens,
     )
+
+
+def _placed(m: jax.Array, whole_MRCL: jax.Array, piece_BL: jax.Array) -> jax.Array:
+    """The array of all pieces with the values of piece m."""
+    return jax.lax.dynamic_update_index_in_dim(whole_MRCL, piece_BL.reshape(whole_MRCL.shape[1:]), m, 0)
 
 
 def _zeros(shapes: Any) -> Any:

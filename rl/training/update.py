@@ -41,6 +41,7 @@ from rl.state.optimizer import updates_per_step
 from rl.training.computed_groups import ComputedGroups, computed_groups, leaves_groups_out, uncomputed_share
 from rl.training.packing import Batch, PackingPlan, TrainGroup, pack
 from rl.training.token_advantages import TokenRewards, token_advantages_program
+from rl.training.token_values import MeasuredTokens, TokenValues
 from rl.training.train_step import (
     TRAIN_STEP,
     Minibatch,
@@ -95,6 +96,7 @@ class Updater:
         programs = scoring_programs(config, policy, state_shardings, plan, mesh)
         self._calls = {name: callable_of(name, program) for name, program in programs.items()}
         self._train_step = train_step
+        self._tokens: list[MeasuredTokens] = []  # of each minibatch of the last step
         self._finish_metrics = jax.jit(finish_metrics, out_shardings=self._replicated)
         self._fill_unknown = jax.jit(
             lambda known, other: jnp.where(jnp.isnan(known), other, known),
@@ -138,6 +140,7 @@ class Updater:
             )
         reference_name = REFERENCE_LOGPROBS if REFERENCE_LOGPROBS in self._calls else LOGPROBS
         num_items = sum(c.num_trained for minibatch in groups for group in minibatch for c in group.completions)
+        self._tokens = []
         batches, parts = [], [computed_groups(minibatch, self._leaves_out) for minibatch in groups]
         for number, part in enumerate(parts):
             packed = pack(part.groups, self._plan, self._dtype)
@@ -152,6 +155,7 @@ class Updater:
                 name = "rollout_logprobs_MRCL" if self._config.sampling.source is None else "sampler_logprobs_MRCL"
                 old, drawn = getattr(bare, name), getattr(packed, name)
                 is_read = bool(np.any(np.isnan(drawn) & (packed.mask_MRCL > 0)))
+            now = None
             if _recomputes_old(self._config) and is_read:
                 now = self._calls[LOGPROBS](state.params, bare_batch(bare))[0]
                 old = self._fill_unknown(old, now) if from_rollout else now
@@ -159,20 +163,34 @@ class Updater:
             if reference is not None:
                 reference_logprobs = self._calls[reference_name](reference.params, bare_batch(bare))[0]
             batches.append(bare._replace(old_logprobs_MRCL=old, reference_logprobs_MRCL=reference_logprobs))
+            both = (groups[number], part.groups)
+            self._tokens.append(MeasuredTokens(*both, packed, now, reference_logprobs, bare.advantages_MRCL, []))
         kl_metric: dict[str, float] = {}
         if TOKEN_ADVANTAGES in self._calls:
             batches, kl_metric = self._with_token_advantages(batches)
+            pairs = zip(self._tokens, batches, strict=True)
+            self._tokens = [tokens._replace(advantages=batch.advantages_MRCL) for tokens, batch in pairs]
         measured: list[_Measured] = []
         for _ in range(self._config.grpo.epochs):
-            for batch, part in zip(batches, parts, strict=True):
+            for number, (batch, part) in enumerate(zip(batches, parts, strict=True)):
                 is_first = not any(update.is_applied for update, _ in measured)
                 on_policy = is_first and not from_sampler and not from_rollout
                 minibatch = self._minibatch(state, batch, part, num_items, entropy, on_policy)
                 state, update = self._train_step(state, minibatch)
+                if update.tokens is not None:
+                    self._tokens[number] = self._tokens[number].with_update(update.tokens)
+                    update = update._replace(tokens=None)  # which stays on the devices
                 measured.append(_Measured(*jax.device_get((update, self._finish_metrics(update.sums)))))
                 entropy = self._next_entropy(entropy, measured[-1])
         uncomputed = {"uncomputed_share": uncomputed_share(parts)} if self._leaves_out else {}
         return state, entropy, self._metrics(measured, entropy, age) | kl_metric | uncomputed
+
+    def token_values(self) -> list[TokenValues | None]:
+        """What the updates of the last step measured of the tokens of each completion, in the order of its groups. All
+        processes must call it; only the first gets values.
+        """
+        estimator = self._config.grpo.kl_estimator
+        return [values for tokens in self._tokens for values in tokens.by_completion(estimator)]
 
     def _with_token_advantages(self, batches: list[Batch]) -> tuple[list[Batch], dict[str, float]]:
         """The minibatches of a step with an advantage for each token. Nothing else needs the reference's log-probs."""
@@ -247,7 +265,7 @@ def update_programs(
 
 def train_step_options(config: Config, plan: PackingPlan) -> dict[str, Any]:
     """The arguments of `jit_train_step` from the configuration, other than loss and mesh, for minibatches of `plan`."""
-    return {**_pass_options(config, plan), "minibatches_per_rollout": config.grpo.minibatches}
+    return {**_pass_options(config, plan), "minibatches_per_rollout": config.grpo.minibatches, "keeps_tokens": True}
 
 
 def _pass_options(config: Config, plan: PackingPlan) -> dict[str, Any]:

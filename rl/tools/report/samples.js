@@ -25,8 +25,11 @@ function promptText(prompt) {
 }
 
 function contentText(message) {
-  const calls = (message.tool_calls ?? []).map((call) => `[call] ${asText(call.function ?? call)}`);
-  const content = message.content === null || message.content === undefined ? [] : [asText(message.content)];
+  const calls = (message.tool_calls ?? []).map((call) => {
+    const { name, arguments: given } = call.function ?? call;
+    return `[call] ${name}(${typeof given === "string" ? given : JSON.stringify(given)})`;
+  });
+  const content = message.content ? [asText(message.content)] : [];
   return [...content, ...calls].join("\n");
 }
 
