@@ -47,7 +47,7 @@ from rl.algorithms.loss_types import (
 )
 
 # Metrics that are the share of clipped tokens or sequences. A loss has one of them at most.
-CLIPS = ("clip_ratio_region_mean", "cispo_clip_ratio", "dppo_masked", "gmpo_clip_ratio")
+CLIPS = ("clip_ratio/region_mean", "cispo/clip_ratio", "dppo/masked_share", "gmpo/clip_ratio")
 
 
 def entropy_threshold(entropy_BT: jax.Array, mask_BT: jax.Array, top_entropy_quantile: float) -> jax.Array:

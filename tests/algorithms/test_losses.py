@@ -387,6 +387,15 @@ def clean_problem(loss_type: str) -> tuple[Problem, Any]:
     return problem, problem.evaluate()
 
 
+@pytest.mark.parametrize("loss_type", loss_types.LOSS_TYPES)
+def test_clipped_tokens_are_those_that_the_metric_counts(loss_type: str) -> None:
+    problem, (*_, sums) = clean_problem(loss_type)
+    inputs = jax.tree.map(jnp.asarray, problem.inputs)
+    clipped_BT = losses.clipped_tokens(jnp.asarray(problem.policy_logprobs_BT), inputs, problem.config)
+    counts = [float(sums.numerators[name]) for name in losses.CLIPS if name in sums.numerators]
+    assert ([] if clipped_BT is None else [float(clipped_BT.sum())]) == counts
+
+
 @pytest.mark.parametrize("garbage", [math.nan, math.inf, -math.inf, 1e30])
 @pytest.mark.parametrize("loss_type", loss_types.LOSS_TYPES)
 def test_masked_values_have_no_effect_at_all(loss_type: str, garbage: float) -> None:

@@ -81,6 +81,7 @@ def sample(noise, step, number, words, num_tokens):
         "rewards": {"exact": float(number % 2), HOSTILE: None},
         "reward": float(number % 2),
         "advantage": 0.5 - number % 2,
+        "num_tokens": num_tokens,
         "token_ids": ids,
         "token_texts": texts,
         "trained": trained,
@@ -147,11 +148,30 @@ def test_a_short_value_is_no_secret_and_one_that_is_not_there_cannot_be_masked()
 
 def test_the_data_tell_what_differs_and_when_warnings_came(folder):
     first, second = data_of(folder / "first" / "report.html")["runs"]
-    assert first["changed"]["optimizer.lr"] == 1e-6 or first["config"]["optimizer.lr"] == "1e-3"
-    assert (first["config"]["optimizer.lr"], second["config"]["optimizer.lr"]) == ("1e-3", "2e-3")
+    assert (first["config"]["optimizer.lr"], second["config"]["optimizer.lr"]) == (0.001, 0.002)
+    assert first["changed"]["optimizer.lr"] == 1e-6  # the default
     assert [step for step, _ in first["warnings"]] == [7]
     assert first["starts"][0][1]["python"] == "3.12.1"
     assert first["samples_of"] == len(first["samples"]) == 80
+
+
+@pytest.mark.parametrize(
+    ("change", "rule"),
+    [
+        ({"token_ids": ["a"]}, "token_ids must be whole numbers"),
+        ({"token_texts": []}, "token_texts must be a text for each token"),
+        ({"trained": [1]}, "trained must be a number for each token"),
+        ({"per_token": {"kl": {"largest": 1.0, "codes": "!"}}}, "of tokens must be"),
+        ({"per_token": {"kl": encode([0.0])}}, "per_token.kl must be a number for each token"),
+    ],
+)
+def test_a_sample_that_is_damaged_is_named(tmp_path, change, rule):
+    record = sample(np.random.default_rng(0), 3, 0, ["w"] * 500, 8)
+    with MetricsWriter(tmp_path, 0) as writer:
+        writer.write({"step": 3, "reward/mean": 0.5})
+        writer.write_samples(3, [{**record, **change}])
+    with pytest.raises(ValueError, match=rule):
+        main([str(tmp_path)])
 
 
 def test_of_many_samples_whole_steps_are_left_out_and_the_last_is_kept(folder, tmp_path):
@@ -322,7 +342,7 @@ def test_curves_compare_runs_and_follow_the_pointer_and_the_keys(page):
 def test_configuration_shows_what_differs_and_the_theme_can_be_chosen(page):
     assert "optimizer.lr" in page.inner_text("#config")
     page.check("input[name=config][value=between]", force=True)
-    assert page.locator("#config tbody tr").all_inner_texts()[0].split()[:3] == ["optimizer.lr", "1e-3", "2e-3"]
+    assert page.locator("#config tbody tr").all_inner_texts()[0].split()[:3] == ["optimizer.lr", "0.001", "0.002"]
     light = page.evaluate("getComputedStyle(document.body).backgroundColor")
     page.click("#theme")
     page.click("#theme")

@@ -897,7 +897,8 @@ HALVES = ([0, 1], [2])
 
 @pytest.fixture(scope="module")
 def step_of_halves(problem, trainer):
-    """(epochs, old_of=None) -> (state, metrics, names of the programs that ran) of a step of two minibatches.
+    """(epochs, old_of=None) -> (state, metrics, names of the programs that ran, values of tokens) of a step of two
+    minibatches.
 
     Plain gradient descent in float64, with programs that are compiled once. `old_of` names the number of an update that
     is given old log-probs of its weights, in place of what it has.
@@ -934,7 +935,7 @@ def step_of_halves(problem, trainer):
                 [problem.train_groups(half) for half in HALVES],
                 EntropyCoefState(ENTROPY_COEF, float("inf")),
             )
-            return jax.device_get(state), metrics, ran
+            return jax.device_get(state), metrics, ran, updater.token_values()
 
     return step
 
@@ -956,7 +957,7 @@ def test_entropies_are_computed_only_where_they_are_asked_for(problem, trainer):
 
 def test_updates_of_a_step_keep_the_old_logprobs_of_before_the_first(problem, trainer, step_of_halves):
     """Two minibatches, two epochs, plain gradient descent: where four plain updates with frozen old log-probs lead."""
-    state, metrics, _ = step_of_halves(epochs=2)
+    state, metrics, _, tokens = step_of_halves(epochs=2)
     with jax.enable_x64(True):
         policy, parts = trainer("nnx", "float64", optimizer=DESCENT).policy, [problem.part(half) for half in HALVES]
         start, other = noisy_params(policy.config), noisy_params(policy.config, seed=1)
@@ -970,11 +971,25 @@ def test_updates_of_a_step_keep_the_old_logprobs_of_before_the_first(problem, tr
     gap = gap_BL[parts[0].mask_BL > 0]
     np.testing.assert_allclose(metrics["logprob_difference/mean"], gap.mean(), rtol=1e-9)
     np.testing.assert_allclose(metrics["logprob_difference/max"], gap.max(), rtol=1e-9)
+    # So are the values of tokens, for both minibatches, each token in its place.
+    with jax.enable_x64(True):
+        (_, (now_BL, _)), _ = plain_run(problem, "float64")
+    for number, values in enumerate(tokens):
+        drawn = problem.mask_BL[number] > 0
+        assert values is not None
+        np.testing.assert_allclose(values.logprob, now_BL[number][drawn], rtol=1e-9)
+        np.testing.assert_allclose(values.difference, (problem.rollout_BL - now_BL)[number][drawn], rtol=1e-9)
+        assert values.kl is not None
+        assert values.kl.min() >= 0
+        assert values.kl.max() > 0.01
+        assert values.advantage is None
+    clipped = np.concatenate([values.clipped for values in tokens])
+    assert set(clipped) == {0.0, 1.0}  # the second epoch moves some tokens beyond the clip
 
 
 def test_old_logprobs_that_no_update_reads_are_not_computed(step_of_halves):
     """Those of the first minibatch in the only epoch; its update gives the same when it has them."""
-    state, metrics, ran = step_of_halves(epochs=1)
+    state, metrics, ran, _ = step_of_halves(epochs=1)
     assert (ran.count(LOGPROBS), ran.count(ENTROPIES)) == (1 + 2, 2)  # old ones of the second, the reference's of both
     ran = step_of_halves(epochs=2)[2]
     assert (ran.count(LOGPROBS), ran.count(ENTROPIES)) == (2 + 2, 4)

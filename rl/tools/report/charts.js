@@ -56,13 +56,14 @@ function nearest(steps, wanted) {
 class Figure {
   static count = 0; // of drawings, for names of their parts
 
-  constructor(title, hint) {
+  /** hint: a few words behind the title. advice: more, for the pointer that rests there. */
+  constructor(title, hint, advice) {
     this.numbers = el("p", { class: "numbers" });
     this.canvas = svg("svg", { height: HEIGHT, "aria-hidden": "true", class: "drawing" });
     this.element = el(
       "figure",
       { tabindex: 0, class: "chart" },
-      el("figcaption", {}, el("strong", {}, title), hint ? el("small", {}, hint) : null),
+      el("figcaption", { title: advice || null }, el("strong", {}, title), hint ? el("small", {}, hint) : null),
       this.numbers,
       this.canvas,
     );
@@ -142,8 +143,8 @@ const cursor = {
  * series: [{label, tone, steps, values, thin: [{steps, values}, ...]}]; marks: steps with a warning.
  */
 class LineChart extends Figure {
-  constructor(title, hint) {
-    super(title, hint);
+  constructor(title, hint, advice) {
+    super(title, hint, advice);
     this.series = [];
     cursor.charts.add(this);
   }

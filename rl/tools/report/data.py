@@ -10,11 +10,14 @@ from typing import Any
 
 from rl.config.load import load_config
 from rl.config.sections import flatten, to_dict
+from rl.files.token_values import decode
+from rl.run.metric_table import entry_of
 from rl.tools.report.masking import Mask
 from rl.tools.report.read import Run
 from rl.tools.report.summary import summarize
 
 DIGITS = 6
+_ABOUT = ("meaning", "healthy", "advice")  # of an entry of `rl.run.metric_table`
 # Of a record in samples.jsonl: what the page shows as it is. What it shows of tokens is in `_tokens`.
 _SHOWN = (
     *("step", "prompt_index", "sample_index", "prompt", "answer", "rewards", "reward", "advantage", "finish_reason"),
@@ -28,7 +31,10 @@ def page_data(runs: Sequence[Run], most_samples: int) -> dict[str, Any]:
     Args:
       most_samples: of each run. Of more, whole steps are left out, evenly over the run, and the page says so.
     """
-    return {"runs": [_run_data(run, most_samples) for run in runs]}
+    names = sorted({name for run in runs for row in run.rows for name in row})
+    entries = {name: entry for name in names if (entry := entry_of(name)) is not None}
+    about = {name: {key: getattr(entry, key) for key in _ABOUT} for name, entry in entries.items()}
+    return {"about": about, "runs": [_run_data(run, most_samples) for run in runs]}
 
 
 def _run_data(run: Run, most_samples: int) -> dict[str, Any]:
@@ -118,20 +124,38 @@ def _sample(record: Mapping[str, Any], tokens: _Vocabulary, mask: Mask) -> dict[
 
 
 def _tokens(record: Mapping[str, Any], tokens: _Vocabulary, mask: Mask) -> dict[str, Any]:
-    """tokens: their numbers in the vocabulary. trained: 0 and 1 as text, left out where all are 1. values: codes."""
-    ids, texts = record.get("token_ids", []), record.get("token_texts")
-    found: dict[str, Any] = {"length": sum(record.get("trained") or [1] * len(ids))}
-    if texts is not None and len(texts) == len(ids):
-        pieces = zip(ids, texts, mask.hidden(texts), strict=True)
-        found["tokens"] = [
-            tokens.number(token, text) if shown == text else tokens.number(None, shown or "")
-            for token, text, shown in pieces
-        ]
-    if "trained" in record:
-        found["trained"] = "".join(map(str, record["trained"]))
-    if values := record.get("per_token"):
-        found["values"] = values
-    return found
+    """tokens: their numbers in the vocabulary. trained: 0 and 1 as text, left out where all are 1. values: codes.
+    ValueError, naming the step, where these do not belong together.
+    """
+    ids, texts, trained = record.get("token_ids", []), record.get("token_texts"), record.get("trained")
+    values = record.get("per_token", {})
+    _check(
+        isinstance(ids, list) and all(type(token) is int for token in ids), record, "token_ids must be whole numbers"
+    )
+    trained = [1] * len(ids) if trained is None else trained
+    _check(isinstance(trained, list) and len(trained) == len(ids), record, "trained must be a number for each token")
+    _check(all(type(one) is int and one in (0, 1) for one in trained), record, "trained must be 0 or 1")
+    found: dict[str, Any] = {"length": sum(trained)}
+    if texts is None:
+        return found
+    _check(isinstance(texts, list) and len(texts) == len(ids), record, "token_texts must be a text for each token")
+    _check(all(isinstance(text, str) for text in texts), record, "token_texts must be texts")
+    _check(isinstance(values, Mapping), record, "per_token must be a mapping")
+    found["tokens"] = [
+        tokens.number(token, text) if shown == text else tokens.number(None, shown or "")
+        for token, text, shown in zip(ids, texts, mask.hidden(texts), strict=True)
+    ]
+    for name, entry in values.items():
+        _check(len(decode(entry)) == len(ids), record, f"per_token.{name} must be a number for each token")
+    if 0 in trained:
+        found["trained"] = "".join(map(str, trained))
+    return found | ({"values": dict(values)} if values else {})
+
+
+def _check(is_right: bool, record: Mapping[str, Any], rule: str) -> None:
+    if not is_right:
+        place = ", ".join(f"{key} {record[key]}" for key in ("step", "prompt_index", "sample_index") if key in record)
+        raise ValueError(f"samples.jsonl, {place or 'a further sequence'}: {rule}; remove the line to go on")
 
 
 def _rounded(value: Any) -> Any:

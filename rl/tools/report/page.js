@@ -1,6 +1,6 @@
 // The page: unpacks the data, fills the sections, and in a live page asks for newer data every few seconds.
 //
-// Data (rl/tools/report/data.py): runs, each with name, summary, steps, metrics {name: a value for each step, or null},
+// Data (rl/tools/report/data.py): about {metric: {meaning, healthy, advice}}, and runs, each with name, summary, steps, metrics {name: a value for each step, or null},
 // histograms {name: [[step, [[value, count], ...]], ...]}, warnings [[step, text]], starts [[step, {...}]], config and
 // what differs from the defaults (changed), samples, and the vocabulary [[id, text]] their tokens are numbers of.
 
@@ -8,16 +8,16 @@ const POLL_SECONDS = 3;
 const GROUPS = [
   // The title of a group of curves, which metrics are in it, and which of these are shown at once.
   ["Learning", /^(reward|loss|eval|advantage|accuracy|policy_loss)/, [/^reward\/mean$/, /^eval\/(.*\/)?accuracy$/, /^loss$/, /^reward\/.+\/mean$/]],
-  ["Policy", /^(kl|entropy|logprob|ratio|clip|grad_norm|lr$|sampler|selected|skipped|update\/|rollout_age)/, [/^kl$/, /^entropy$/, /^grad_norm$/, /^logprob_(difference|drift)\/mean$/, /^clip_ratio.*region/]],
-  ["Completions", /^(completion_length|truncated|zero_variance|unjudged|masked|turns|tool_calls|episodes|observation|equal|length|environment)/, [/^completion_length\/mean$/, /^truncated_share$/, /^zero_variance_share$/, /^(turns|tool_calls)\/mean$/]],
-  ["Speed and memory", /^(tokens_per_second|seconds|peak_memory|compiles)/, [/^tokens_per_second\/step$/, /^tokens_per_second\/(rollout|train)$/, /^peak_memory_gb$/]],
+  ["Policy", /^(kl|entropy|logprob|drawn_difference|ratio|clip|cispo|gmpo|dppo|vespo|off_policy|positive_nll|loss_term|grad_norm|lr$|sampler|selected|skipped|update\/|rollout_age)/, [/^kl$/, /^entropy$/, /^grad_norm$/, /^logprob_(difference|drift)\/mean$/, /^clip_ratio\/region_mean$/, /clip_ratio$/]],
+  ["Completions", /^(completion_length|truncated|zero_variance|unjudged|masked|unscored|uncomputed|equal|turns|tool_calls|episodes|observation|environment|dynamic_sampling|curriculum)/, [/^completion_length\/mean$/, /^truncated_share$/, /^zero_variance_share$/, /^(turns|tool_calls)\/mean$/]],
+  ["Speed and memory", /^(tokens_per_second|seconds|peak_memory|compiles|journal)/, [/^tokens_per_second\/step$/, /^tokens_per_second\/(rollout|train)$/, /^peak_memory_gb$/]],
   ["Others", /./, []],
 ];
 // Metrics that are drawn as thin lines in the chart of another one.
 const COMPANIONS = { "completion_length/mean": ["completion_length/max"], "eval/accuracy": ["eval/accuracy_low", "eval/accuracy_high"] };
 const THIN = { "completion_length/mean": " thin: max", "eval/accuracy": " thin: 95 % interval" };
 
-const state = { runs: [], hidden: new Set(), window: null, metric: "", open: new Set(), timesOf: 0, histogramsOf: 0, configOf: "changed", key: "" };
+const state = { runs: [], about: {}, hidden: new Set(), window: null, metric: "", open: new Set(), timesOf: 0, histogramsOf: 0, configOf: "changed", key: "" };
 const charts = new Map(); // metric: its LineChart, made once
 const times = new Map();
 const heats = new Map();
@@ -121,8 +121,16 @@ function repeats(metric) {
   return metric !== "reward/mean" && state.runs.every((run, i) => String(run.metrics["reward/mean"]) === String(rewards[i]));
 }
 
+/** What a metric is, in its own words of docs/metrics.md. */
+function hintOf(metric) {
+  const about = state.about[metric];
+  if (!about) return THIN[metric] ?? "";
+  const healthy = about.healthy ? `; healthy: ${about.healthy}` : "";
+  return about.meaning.replaceAll("`", "") + healthy.replaceAll("`", "") + (THIN[metric] ? `;${THIN[metric]}` : "");
+}
+
 function chartOf(metric) {
-  if (!charts.has(metric)) charts.set(metric, new LineChart(metric, THIN[metric]));
+  if (!charts.has(metric)) charts.set(metric, new LineChart(metric, hintOf(metric), state.about[metric]?.advice));
   return charts.get(metric);
 }
 
@@ -255,8 +263,7 @@ async function unpack(stream) {
 async function load() {
   const text = byId("data").textContent.trim();
   const bytes = Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
-  const { runs } = await unpack(new Blob([bytes]).stream());
-  state.runs = runs;
+  Object.assign(state, await unpack(new Blob([bytes]).stream()));
   show();
 }
 
@@ -266,9 +273,8 @@ async function follow(version) {
   try {
     const answer = await fetch(`data?version=${version}`);
     if (answer.status === 200) {
-      const { runs } = await unpack(answer.body);
+      Object.assign(state, await unpack(answer.body));
       next = answer.headers.get("X-Version");
-      state.runs = runs;
       show();
     } else if (answer.status !== 204) {
       byId("status").textContent = await answer.text();

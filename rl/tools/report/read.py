@@ -9,9 +9,8 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import yaml
-
 from rl.config.sections import flatten
+from rl.config.yaml_text import read_yaml
 from rl.run.metrics import read_events, read_metrics, read_samples
 from rl.run_folder.contents import CONFIG, SAMPLES
 from rl.run_folder.remote_steps import local_report
@@ -64,15 +63,15 @@ def read_config(folder: pathlib.Path) -> dict[str, Any]:
     """{dotted key: value} of a run's config.yml, as it is written; empty without one.
 
     Raises:
-      ValueError: it is no mapping.
+      ValueError: it is no YAML, or no mapping.
     """
     path = folder / CONFIG
     if not path.is_file():
         return {}
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
-        raise ValueError(f"{path} must be YAML, got {type(error).__name__}: {str(error)[:200]}") from error
+        values = read_yaml(path.read_text(encoding="utf-8"), str(path))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} must be text in UTF-8, got {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold a mapping, got {type(values).__name__}")
     return flatten(values)
