@@ -371,6 +371,8 @@ from rl.config.load import load_config, read_preset
 assert rl.__file__.startswith(sys.argv[1]), rl.__file__
 config = load_config(None, ["grpo.preset=dapo"])
 print(config.grpo.group_size, read_preset("dapo")["grpo"]["loss_type"])
+from rl.tools.report.page import page_html
+assert "</html>" in page_html("its files are in the wheel", "")
 for name in {modules}:
     assert importlib.import_module(name).__file__.startswith(sys.argv[1]), name
 """

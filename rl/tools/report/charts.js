@@ -63,7 +63,7 @@ class Figure {
     this.element = el(
       "figure",
       { tabindex: 0, class: "chart" },
-      el("figcaption", { title: advice || null }, el("strong", {}, title), hint ? el("small", {}, hint) : null),
+      el("figcaption", { title: [hint, advice].filter(Boolean).join(". Else: ") || null }, el("strong", {}, title), hint ? el("small", {}, hint) : null),
       this.numbers,
       this.canvas,
     );
