@@ -286,7 +286,7 @@ def update_program(
     everywhere: Any = replicated(mesh)
     arguments = update_arguments(policy, state_shardings, minibatch_shardings(mesh, rules))
     moving, of_tokens = arguments[0], batch_shardings(mesh, rules).mask_MRCL
-    measured = UpdateMetrics(*[everywhere] * (len(UpdateMetrics._fields) - 1), of_tokens)
+    measured = UpdateMetrics(**dict.fromkeys(UpdateMetrics._fields, everywhere))._replace(tokens=of_tokens)
     if not trainable.has_frozen:
         return Program(lambda state, minibatch: update(state, {}, minibatch), arguments, (moving, measured), (0,))
     return Program(update, arguments, (moving, measured), (0,))

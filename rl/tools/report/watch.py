@@ -103,7 +103,7 @@ def _handler(page: bytes, data: Callable[[], tuple[str, bytes]]) -> type[http.se
                 self._answer(http.HTTPStatus.NOT_FOUND, b"there is / and /data\n")
 
         def _is_for_us(self) -> bool:
-            port = self.server.server_address[1]
+            _, port = self.connection.getsockname()
             hosts = self.headers.get_all("Host") or []
             return len(hosts) == 1 and hosts[0].lower() in (f"{_ADDRESS}:{port}", f"localhost:{port}")
 
