@@ -286,7 +286,8 @@ def update_program(
     everywhere: Any = replicated(mesh)
     arguments = update_arguments(policy, state_shardings, minibatch_shardings(mesh, rules))
     moving, of_tokens = arguments[0], batch_shardings(mesh, rules).mask_MRCL
-    measured = UpdateMetrics(**dict.fromkeys(UpdateMetrics._fields, everywhere))._replace(tokens=of_tokens)
+    of_metrics: Any = {**dict.fromkeys(UpdateMetrics._fields, everywhere), "tokens": of_tokens}
+    measured = UpdateMetrics(**of_metrics)
     if not trainable.has_frozen:
         return Program(lambda state, minibatch: update(state, {}, minibatch), arguments, (moving, measured), (0,))
     return Program(update, arguments, (moving, measured), (0,))
