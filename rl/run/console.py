@@ -140,7 +140,7 @@ class Console:
         if evaluations:
             self._evaluated = [*evaluations, f"at step {step}"]
         self._seen |= {name: value for name, value in metrics.items() if value is not None}
-        self._steps_done = step
+        self._steps_done, self._phase = step, None
         if isinstance(metrics.get("reward/mean"), (int, float)):
             self._rewards.append(float(metrics["reward/mean"]))
         if self._notebook is None:

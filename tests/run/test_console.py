@@ -218,7 +218,7 @@ def test_a_terminal_has_three_lines_at_its_bottom_and_all_else_above_them(termin
             "step  2/10  eval 87.5%  reward 0.750  loss 0.5000  kl 0.0123  length 12.3  rollout 12k tok/s",
             "warning: loss is high",
         ]
-        assert re.match(r"step  2/10  \[####-{16}\]  left \w+  now start \w+  [\d.e-]+ s a step$", first)
+        assert re.match(r"step  2/10  \[####-{16}\]  left \w+  [\d.e-]+ s a step$", first)
         assert second == "reward 0.750  \u2581\u2588  loss 0.5000  kl 0.0123  length 12.3  eval 87.5% at step 2"
         assert third == "rollout 12k tok/s  rollout 61% train 30%"
     assert pseudo.look()[-1] == ""  # what follows begins on a line of its own

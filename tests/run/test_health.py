@@ -28,6 +28,8 @@ from rl.run.log import RunLog
 from rl.run.metrics import read_metrics, read_samples
 from rl.run.not_finite import cause_of_skips, sizes_of
 from rl.run_folder.folder import checkpoint_steps
+from rl.state.checkpoint_files import array_hash, read_array, stored_arrays
+from tests.helpers.metric_lines import steady
 from tests.helpers.places import REWARDS
 
 FINE = {"skipped_updates": 0, "kl": 0.1, "grad_norm": 1.0, "entropy": 1.0, "zero_variance_share": 0.2}
@@ -524,3 +526,15 @@ def test_supervised_run_skips_and_ends_likewise(recipe):
     folder = recipe.parent / "sft"
     assert [line["skipped_updates"] for line in read_metrics(folder)] == [0, 1, 1, 1]
     assert checkpoint_steps(folder) == [1, 2, 3]
+
+
+@pytest.mark.long
+def test_a_run_that_is_tracked_and_traced_is_bit_for_bit_the_run_that_is_not(recipe):
+    start(recipe, "unseen", "grpo.steps=3")
+    start(recipe, "seen", "grpo.steps=3", *tracked(recipe.parent))
+    unseen, seen = ([steady(line) for line in read_metrics(recipe.parent / name)] for name in ("unseen", "seen"))
+    assert [{k: v for k, v in line.items() if not k.startswith("trackers/")} for line in seen] == unseen
+    assert read_samples(recipe.parent / "seen") == read_samples(recipe.parent / "unseen")
+    states = [recipe.parent / name / "checkpoints" / "3" / "state" for name in ("unseen", "seen")]
+    hashes = [{array.path: array_hash(read_array(array)) for array in stored_arrays(state)} for state in states]
+    assert hashes[0] == hashes[1]
