@@ -131,6 +131,9 @@ def load_config(path: str | os.PathLike | None, overrides: Sequence[str] = ()) -
     for key in ("output_dir", "compiled_file"):
         if isinstance(merged[key], str):
             merged[key] = os.path.expanduser(merged[key])
+    for key in MAPPING_ENTRIES:  # null takes an entry of the recipe out
+        section, name = key.split(".")
+        merged[section] |= {name: {each: entry for each, entry in merged[section][name].items() if entry is not None}}
     config = _build(merged)
     check_config(config)
     return config

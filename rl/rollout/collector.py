@@ -24,7 +24,7 @@ from rl.data.tokenizer import Tokenizer
 from rl.devices import hosts
 from rl.models.train_state import PureState
 from rl.rollout.episodes import EpisodeSource
-from rl.rollout.eval_sets import check_followed, evaluate_set, functions_of
+from rl.rollout.eval_sets import check_followed, check_functions, evaluate_set
 from rl.rollout.evaluation import evaluate, left_out_of_evaluation
 from rl.rollout.failing import FailureWatch
 from rl.rollout.groups import Judged, counted_function, judge, pass_rates
@@ -76,8 +76,7 @@ class Collector:
         self._first_rows = data.train[:_FIRST_ROWS]
         self._rows, self._held_out, self._stream = data.rows, data.evaluated(config.eval), data.stream
         self._sets = data.sets
-        for name in self._sets:
-            functions_of(name, config.eval.sets[name], runner)
+        check_functions(config, self._sets, runner)
         check_followed(config, data)
         self._epoch = 0.0  # how often the training rows were used up so far
         self._journal: Journal | None = None

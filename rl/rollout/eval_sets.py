@@ -7,7 +7,7 @@ the number of its prompt and its own, so that neither the size of blocks nor slo
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -106,12 +106,12 @@ def evaluate_set(
       episodes: draws completions of several turns; None: of one.
       write: takes the record of each sample, in the order of prompts and samples.
 
-    Raises:
-      ValueError: no function of the set judges completions one by one.
+    A set without a function that judges completions one by one has no numbers; `check_functions` refuses it before a
+    run.
     """
     entry = section.sets[name]
     own = set_sampling(entry, sampling)
-    functions = functions_of(name, entry, runner)
+    functions = functions_of(entry, runner)
     counts = accuracy_function(runner, entry.reward or section.reward, functions)
     scores = SetScores(functions, counts, entry.samples, entry.counted_ks, section.resamples)
     gathered = Gathered()
@@ -170,20 +170,21 @@ def check_followed(config: Config, data: PromptData) -> None:
         )
 
 
-def functions_of(name: str, entry: EvalSet, runner: RewardRunner) -> list[str]:
-    """The functions that judge a set: of those that it names, or all, the ones that judge completions one by one.
+def functions_of(entry: EvalSet, runner: RewardRunner) -> list[str]:
+    """The functions that judge a set: of those that it names, or all, the ones that judge completions one by one."""
+    return [name for name in runner.elementwise if entry.functions is None or name in entry.functions]
 
-    Raises:
-      ValueError: there is none.
-    """
-    found = [each for each in runner.elementwise if entry.functions is None or each in entry.functions]
-    if not found:
-        wanted = [each for each in runner.calls if entry.functions is None or each in entry.functions]
-        reasons = "; ".join(f"{each}: {runner.why_not_alone(each)}" for each in wanted)
-        raise ValueError(
-            f"eval.sets.{name} must have a function that judges completions one by one, got {wanted} ({reasons})"
-        )
-    return found
+
+def check_functions(config: Config, names: Iterable[str], runner: RewardRunner) -> None:
+    """ValueError for a set without a function that judges completions one by one, of those with these names."""
+    for name in names:
+        entry = config.eval.sets[name]
+        if not functions_of(entry, runner):
+            wanted = [each for each in runner.calls if entry.functions is None or each in entry.functions]
+            reasons = "; ".join(f"{each}: {runner.why_not_alone(each)}" for each in wanted)
+            raise ValueError(
+                f"eval.sets.{name} must have a function that judges completions one by one, got {wanted} ({reasons})"
+            )
 
 
 def _plain(scores: Mapping[str, Score]) -> dict[str, float]:

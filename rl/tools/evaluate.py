@@ -26,7 +26,7 @@ from rl.devices.programs import use_compilation_cache
 from rl.files.output_file import check_writable, writing
 from rl.files.stores import written_file
 from rl.rollout.environments import start_episodes
-from rl.rollout.eval_sets import Write, evaluate_set, functions_of
+from rl.rollout.eval_sets import Write, check_functions, evaluate_set
 from rl.rollout.evaluation import EvalResult, accuracy_function, evaluate, left_out_of_evaluation
 from rl.rollout.reward_model import open_reward_models, weight_bytes
 from rl.rollout.scoring import start_rewards
@@ -122,8 +122,7 @@ def evaluate_source(
             problem = left_out_of_evaluation(runner, config.eval.reward) if rows else None
             if problem and accuracy_function(runner, config.eval.reward) is None:
                 raise ValueError(problem)
-            for name in sets:
-                functions_of(name, config.eval.sets[name], runner)
+            check_functions(config, sets, runner)
             if episodes is None:
                 largest = max(sizes, key=lambda size: size.num_prompts * size.num_samples)
                 sampler.expect([row.prompt_ids for row in asked], largest.num_prompts, largest.num_samples)

@@ -345,7 +345,8 @@ def test_a_run_without_data_plays_seeds_and_an_evaluation_the_same_ones_each_tim
     game = f"rollout.environment={folder / 'game.py'}:Seeded"
     held_out = ["data.eval_size=2", "grpo.prompts_per_step=2", "grpo.minibatches=1", "optimizer.lr=0.0", "eval.every=1"]
     turns = ["grpo.turn_advantages=all_turns", "grpo.turn_discount=0.5", "sampling.max_completion_length=10"]
-    overrides = [game, "rewards.functions=[]", *held_out, *turns, "data.source=null"]
+    sets = ["eval.sets={again: {}, drawn: {samples: 2, max_prompts: 1}}"]
+    overrides = [game, "rewards.functions=[]", *held_out, *turns, *sets, "data.source=null"]
     start(folder, "evaluated", *overrides, "grpo.steps=1")
     metrics, samples = start(folder, "evaluated", *overrides)
     assert [line["step"] for line in metrics if "loss" in line] == [1, 2]
@@ -359,7 +360,18 @@ def test_a_run_without_data_plays_seeds_and_an_evaluation_the_same_ones_each_tim
     assert found[0] == found[1] == found[2]
     assert (found[0]["eval/turns/mean"], found[0]["eval/episodes/failed"]) != (0, 1)
     result, _ = evaluate_source(folder / "evaluated", trust=True)
-    assert result.metrics() == found[-1]
+    metrics_of_sets = result.sets["again"].metrics() | result.sets["drawn"].metrics()
+    assert result.metrics() | metrics_of_sets == found[-1]
+    # A set of the held-out rows plays the very episodes; one that is drawn has several of each.
+    again = {name: value for name, value in found[-1].items() if name.startswith("eval/again/")}
+    for name, value in again.items():
+        if name.replace("again/", "") in found[-1]:
+            assert value == found[-1][name.replace("again/", "")], name
+    assert again["eval/again/turns/mean"] == found[-1]["eval/turns/mean"]
+    written = (folder / "evaluated" / "evaluations" / "2.jsonl").read_text().splitlines()
+    episodes = [record for record in map(json.loads, written) if record.get("set") == "drawn"]
+    assert [record["sample_index"] for record in episodes] == [0, 1]
+    assert all(record["messages"] and record["rewards"].keys() == {"environment"} for record in episodes)
     _check_turn_advantages([line for line in metrics if "loss" in line], samples)
 
 

@@ -1,10 +1,12 @@
 """Named sets: the same samples however they are drawn, numbers that follow from the records, and what is refused."""
 
 import dataclasses
+import gc
 import itertools
 import json
 import math
 import re
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -25,8 +27,9 @@ from rl.rollout.eval_statistics import (
 )
 from rl.run.metrics import read_metrics
 from rl.run_folder.contents import best_step, checkpoint_steps
+from rl.sampler.slot_sampler import Sampler
 from rl.tools.evaluate import evaluate_source
-from tests.helpers.places import REWARDS, ROOT
+from tests.helpers.places import FILES, REWARDS, ROOT
 
 RECIPE = f"""
 model:
@@ -135,8 +138,8 @@ def test_an_evaluation_during_the_run_is_that_of_the_command_and_keeps_its_sampl
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["eval.block_size=6", "sampling.slots=3", "mesh={num_devices: 2, data: 2, fsdp: 1}"],
-        pytest.param(["pure_nnx=false"], marks=pytest.mark.long),
+        ["eval.block_size=6", "sampling.slots=3", "mesh={num_devices: 2, data: 2, fsdp: 1}", "pure_nnx=false"],
+        pytest.param(["sampling.slots=1"], marks=pytest.mark.long),
         pytest.param(["mesh={num_devices: 4, data: 1, fsdp: 2, tensor: 2}"], marks=pytest.mark.long),
         pytest.param(["mesh={num_devices: 8, data: 2, fsdp: 4}", "eval.block_size=1"], marks=pytest.mark.long),
     ],
@@ -169,7 +172,7 @@ def test_the_best_checkpoint_stays_beside_the_newest_and_can_be_named(run, tmp_p
     assert (best_step(worst), checkpoint_steps(worst)) == (lowest, sorted({lowest, 3}))
     assert len({values[1], values[2], values[3]}) > 1
     for path, step in ((run, best), (worst, lowest)):
-        main(["eval", str(path), "--step", "best", "eval.sets={}", "data.eval_size=5"])
+        main(["eval", str(path), "--step", "best", "eval.sets={drawn: null, greedy: null}"])
         assert f"step {step}: accuracy" in capsys.readouterr().out
     main(["export", str(worst), str(tmp_path / "exported"), "--step", "best"])
     assert f"exported step {lowest}" in capsys.readouterr().out
@@ -177,7 +180,12 @@ def test_the_best_checkpoint_stays_beside_the_newest_and_can_be_named(run, tmp_p
 
 def test_a_run_stops_when_evaluations_get_no_better_and_a_cut_one_stops_at_the_same_step(run, tmp_path, capsys):
     # No completion is longer than the first ones, so nothing is ever better.
-    follow = ["checkpoint.best={metric: eval/prompts}", "eval.patience=2", "eval.sets={}", "grpo.steps=9"]
+    follow = [
+        "checkpoint.best={metric: eval/prompts}",
+        "eval.patience=2",
+        "eval.sets={drawn: null, greedy: null}",
+        "grpo.steps=9",
+    ]
     whole = train(load_config(run.parent / "recipe.yml", [f"output_dir={tmp_path / 'whole'}", *follow]))
     said = " ".join(capsys.readouterr().out.split())
     assert "stopped early after step 3 of 9: eval/prompts was best after step 1, at 5" in said
@@ -282,6 +290,83 @@ def test_statistics_agree_with_counting_and_with_scipy():
     wanted = values.std() / 20 * 1.96
     assert (low, high) == pytest.approx((values.mean() - wanted, values.mean() + wanted), abs=0.012)
     assert mean_interval(values, 2000) == (low, high)
+
+
+def test_memory_does_not_grow_with_the_rows_of_a_set(run, monkeypatch):
+    """In Python, over blocks of six rows of sixty. A record of a sample has about 3,000 bytes, its numbers 150."""
+    stream, seen = Sampler.stream, []
+
+    def measured(*arguments):
+        gc.collect()
+        seen.append(tracemalloc.get_traced_memory()[0])
+        return stream(*arguments)
+
+    monkeypatch.setattr(Sampler, "stream", measured)
+    sixty = "{source: arithmetic, args: {operation: add, digits: 1}, max_prompts: 60}"
+    overrides = [f"eval.sets={{drawn: null, greedy: null, sixty: {sixty}}}", "eval.block_size=6"]
+    overrides += ["data.source=null", "data.eval_size=0"]
+    overrides += ["data.args={operation: null, digits: null}", "checkpoint.best.metric=null"]
+    tracemalloc.start()
+    try:
+        result, _ = evaluate_source(run, overrides, keep_samples=False)
+    finally:
+        tracemalloc.stop()
+    assert (result.sets["sixty"].scores.num_prompts, len(seen)) == (60, 10)
+    slope = np.polyfit(6 * np.arange(2, 10), seen[2:], 1)[0]
+    assert slope < 1000, f"{slope:.0f} bytes a row"
+
+
+SOLUTIONS = """
+import json, pathlib
+from rl.sampler.user_source import Drawn
+
+class Source:
+    def __init__(self, tokenizer, problems, rights):
+        self.tokenizer, self.rights = tokenizer, rights
+        self.problems = [json.loads(line) for line in pathlib.Path(problems).read_text().splitlines()]
+
+    def stream(self, params, prompts, requests, sampling, key):
+        for place, request in enumerate(requests):
+            text = self.tokenizer.decode([int(token) for token in prompts[request.prompt]])
+            number = next(i for i, problem in enumerate(self.problems) if problem["prompt"] in text)
+            is_right = request.sample_index < self.rights[number]
+            code = self.problems[number]["answer"] if is_right else "    return None"
+            code = self.problems[number]["starter"] + code
+            ids = self.tokenizer.encode(f"```python\\n{code}\\n```", add_bos=False)
+            yield place, Drawn([*ids, self.tokenizer.eos_ids[0]], [None] * (len(ids) + 1), "eos")
+
+    def release(self): ...
+    def close(self): ...
+
+def make(config, tokenizer, problems, rights):
+    return Source(tokenizer, problems, rights)
+"""
+
+
+def test_humaneval_has_pass_at_1_and_pass_at_10_in_the_sandbox(tmp_path, monkeypatch):
+    """The recipe of docs/evaluation.md, with completions of which so many of ten are the reference solution."""
+    pytest.importorskip("pydantic_monty", reason="needs the extra code")
+    from examples.code_humaneval.make_data import to_row
+
+    monkeypatch.chdir(tmp_path)
+    rows = (FILES / "recipes" / "humaneval.jsonl").read_text().splitlines()
+    (tmp_path / "humaneval.jsonl").write_text("".join(json.dumps(to_row(json.loads(row))) + "\n" for row in rows))
+    (tmp_path / "solutions.py").write_text(SOLUTIONS)
+    page = (ROOT / "docs" / "evaluation.md").read_text()
+    (tmp_path / "humaneval.yml").write_text(re.search(r"^```yaml humaneval.yml\n(.*?)^```$", page, re.M | re.S)[1])
+    rights = [0, 1, 10, 4]
+    tiny = ["model.source=null", "tokenizer.source=byte", "data.chat=false", "rewards.num_workers=1"]
+    tiny += ["model.arch={hidden_size: 8, intermediate_size: 8, num_layers: 1, num_heads: 1, num_kv_heads: 1}"]
+    tiny += [
+        "sampling.source=solutions.py:make",
+        f"sampling.source_args={{problems: humaneval.jsonl, rights: {rights}}}",
+    ]
+    tiny += ["sampling.max_completion_length=1000", "data.max_prompt_length=1000", "mesh.num_devices=1"]
+    result, _ = evaluate_source("humaneval.yml", tiny, output="samples.jsonl")
+    scores = result.sets["humaneval"].scores.main
+    assert scores["pass_at_1"].value == pytest.approx(sum(rights) / 40)
+    assert scores["pass_at_10"].value == 3 / 4
+    assert scores["pass_at_1"].low < scores["pass_at_1"].value < scores["pass_at_1"].high
 
 
 def test_every_block_of_the_evaluation_page_is_a_file_that_works(tmp_path, monkeypatch):

@@ -66,6 +66,70 @@ def test_lm_eval_finds_the_log_probs_that_grpo_sample_writes(tmp_path, capfd):
             assert value == pytest.approx(sum(own[len(tokenizer.encode(row["question"])) :]), abs=1e-4)
 
 
+GREEDY_TASK = """\
+task: greedy
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{{{prompt}}}}"
+doc_to_target: "{{{{answer}}}}"
+target_delimiter: ""
+generation_kwargs: {{until: ["<never>"], do_sample: false, temperature: 0.0, max_gen_toks: 6}}
+metric_list: [{{metric: exact_match}}]
+"""
+EXACT = """\
+def exact(prompts, completions, answer):
+    return [float(completion == right) for completion, right in zip(completions, answer)]
+"""
+
+
+@pytest.mark.long
+@pytest.mark.skipif(LM_EVAL is None, reason="lm-eval is not installed: pip install 'lm-eval[api]' transformers")
+def test_lm_eval_and_grpo_eval_have_the_same_greedy_number_on_the_same_prompts(tmp_path, capfd):
+    """Two thirds of the answers are what the model says, by `grpo eval` itself."""
+    assert LM_EVAL is not None
+    folder, data, output = write_model(tmp_path), tmp_path / "rows.jsonl", tmp_path / "own.jsonl"
+    (tmp_path / "exact.py").write_text(EXACT)
+    (tmp_path / "greedy.yaml").write_text(GREEDY_TASK.format(data=data))
+    rows = [{"prompt": f"{i} and {i * i} are", "answer": "no"} for i in range(12)]
+    # Bytes that are letters: what is no text would be compared as replacement characters.
+    letters = f"sampling.logit_bias={{{', '.join(f'{3 + ord(letter)}: 1000' for letter in 'abcdefgh')}}}"
+    recipe = [f"eval.sets={{own: {{source: {data}}}}}", f"rewards.functions=['{tmp_path / 'exact.py'}:exact']", letters]
+    recipe += ["sampling.max_completion_length=6", "sampling.slots=2", "mesh.num_devices=1"]
+
+    def own_number() -> float:
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        assert main(["eval", str(folder), *recipe, "--output", str(output)]) in (0, None)
+        records = [json.loads(line) for line in output.read_text().splitlines()]
+        for place, record in enumerate(records):
+            rows[place]["answer"] = record["completion"] if place % 3 else "no"
+        return sum(record["rewards"][f"{tmp_path / 'exact.py'}:exact"] for record in records) / len(rows)
+
+    assert own_number() == 0
+    wanted = own_number()
+    assert wanted == 8 / 12
+
+    def ask(url: str) -> Any:
+        arguments = f"model=policy,base_url={url}/v1/completions,tokenizer={folder},num_concurrent=2,add_bos_token=True"
+        command = [LM_EVAL, "--model", "local-completions", "--tasks", "greedy", "--include_path", str(tmp_path)]
+        command += ["--model_args", arguments, "--log_samples", "--output_path", str(tmp_path / "out")]
+        env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
+        for name in ("PYTHONPATH", "VIRTUAL_ENV"):
+            env.pop(name, None)
+        subprocess.run(command, check=True, env=env, cwd=tmp_path)
+
+    status, _ = beside(folder, ask, letters)
+    assert status == 0
+    (results,) = (tmp_path / "out").rglob("results_*.json")
+    assert json.loads(results.read_text())["results"]["greedy"]["exact_match,none"] == pytest.approx(wanted)
+    (samples,) = (tmp_path / "out").rglob("samples_greedy_*.jsonl")
+    found = sorted(map(json.loads, samples.read_text().splitlines()), key=lambda sample: sample["doc_id"])
+    own = [json.loads(line)["completion"] for line in output.read_text().splitlines()]
+    assert [sample["resps"][0][0] for sample in found] == own
+    capfd.readouterr()
+
+
 TASKSET = """\
 import verifiers.v1 as vf
 
