@@ -159,11 +159,7 @@ def checkpoint_steps(path: str | os.PathLike) -> list[int]:
 
 
 def best_step(path: str | os.PathLike) -> int | None:
-    """The step of a run's best checkpoint, by the loop record of its newest one; None where none was kept as the best.
-
-    Raises:
-      ValueError: the record cannot be read.
-    """
+    """The step of a run's best checkpoint, by the loop record of its newest one; None where it names none."""
     steps = checkpoint_steps(path)
     return recorded_best(pathlib.Path(path) / CHECKPOINTS / str(steps[-1])) if steps else None
 
@@ -186,11 +182,12 @@ def chosen_step(path: str | os.PathLike, step: Step | None) -> int | None:
 
 
 def recorded_best(step: pathlib.Path) -> int | None:
-    """The step of the best checkpoint by the record in the folder of a step. ValueError where it cannot be read."""
-    record = step / "loop" / "metadata"
-    best = read_json(record).get(BEST) if record.is_file() else None
-    found = best.get("step") if isinstance(best, dict) else None
-    return found if isinstance(found, int) else None
+    """The step of the best checkpoint by the record in the folder of a step; None where it names none."""
+    with contextlib.suppress(ValueError):  # whoever reads the step itself says what is wrong with it
+        best = read_json(step / "loop" / "metadata").get(BEST)
+        found = best.get("step") if isinstance(best, dict) else None
+        return found if isinstance(found, int) else None
+    return None
 
 
 def evaluation_files(folder: pathlib.Path) -> list[pathlib.Path]:

@@ -10,6 +10,7 @@ import pytest
 
 from rl.config.load import load_config
 from rl.files.stores import Store, file_names
+from rl.run_folder.contents import best_step, checkpoint_steps, chosen_step
 from rl.run_folder.lease import LEASE, LEASE_SECONDS, Lease
 from rl.run_folder.ledger import LEDGER, Ledger, read_ledger
 from rl.run_folder.mirror import Mirror, Staging, run_path
@@ -399,6 +400,33 @@ def test_a_folder_that_is_ahead_goes_on_from_its_own_step_and_uploads_it(tmp_pat
     remove(tmp_path / "a" / "run" / "checkpoints" / "1")  # checkpoint.keep is 1
     assert train(Staging(store, tmp_path / "a", 1), last=2) == 2
     assert set(read_markers(store)) == {2}
+
+
+def test_the_best_step_stays_in_the_store_and_can_be_read_and_old_evaluations_go(tmp_path):
+    store, run = memory_store("run"), tmp_path / "a" / "run"
+    staging = Staging(store, tmp_path / "a", 1)
+    staging.open()
+    staging.begin()
+    (run / "evaluations").mkdir(parents=True)
+    for step in (1, 2, 3):
+        write_step(run, step)
+        record = run / "checkpoints" / str(step) / "loop" / "metadata"
+        record.write_text(json.dumps({"best": {"step": min(step, 2)}}))
+        (run / "evaluations" / f"{step}.jsonl").write_text("{}\n")
+        (run / "evaluations" / f"{step - 2}.jsonl").unlink(missing_ok=True)
+        staging.saved(step)
+        staging.wait()
+    staging.close()
+    assert set(read_markers(store)) == {2, 3}
+    assert {name for name in store.stats() if name.startswith("evaluations/")} == {
+        *("evaluations/2.jsonl", "evaluations/3.jsonl")
+    }
+    read = copy_of_run(store, tmp_path / "cache", "best")
+    assert (best_step(read), checkpoint_steps(read), chosen_step(read, "best")) == (2, [2], 2)
+    other = memory_store("other")
+    train(Staging(other, tmp_path / "b", 1), last=1)
+    with pytest.raises(ValueError, match=r"--step best needs a run that keeps its best checkpoint"):
+        copy_of_run(other, tmp_path / "cache", "best")
 
 
 def test_a_folder_that_neither_is_behind_nor_ahead_is_refused_with_the_way_out(tmp_path):
