@@ -31,7 +31,7 @@ _STEPS_FOR_TIME_LEFT = 50  # enough steps to include evaluations and checkpoints
 _BAR_WIDTH = 20  # characters
 _SPARK_STEPS = 24
 _PLAIN_WIDTH = 120  # columns of a table in a log
-_MOST_MEMBERS = 16  # completions of a group in a table
+_MOST_MEMBERS = 8  # completions of a group in a table
 _PROMPT_LENGTH, _COMPLETION_LENGTH = 300, 240  # characters in a table
 _NOTEBOOK_WIDTH = 120  # characters; notebooks wrap longer lines
 # Metric, label, format: in the order of importance, for a narrow terminal shows the first ones only.
@@ -369,7 +369,7 @@ def _group_title(step: int, group: Group, encodable: Callable[[str], str]) -> ri
 
 
 def _group_table(group: Group, encodable: Callable[[str], str]) -> rich.table.Table:
-    """A row for each completion, the best first."""
+    """A row for each completion, the best first; of a large group the best and the worst ones."""
     table = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     names = [encodable(visible(name)) for name in group.names] if len(group.names) > 1 else []
     for name in ("reward", *names, "advantage", "tokens"):
@@ -377,7 +377,11 @@ def _group_table(group: Group, encodable: Callable[[str], str]) -> rich.table.Ta
     table.add_column("end", no_wrap=True)
     table.add_column("completion", overflow="fold")
     best_first = sorted(group.members, key=lambda member: math.inf if member.reward is None else -member.reward)
-    for member in best_first[:_MOST_MEMBERS]:
+    left_out = len(best_first) - _MOST_MEMBERS
+    shown = best_first if left_out <= 0 else [*best_first[: _MOST_MEMBERS // 2], *best_first[-_MOST_MEMBERS // 2 :]]
+    for number, member in enumerate(shown):
+        if left_out > 0 and number == _MOST_MEMBERS // 2:
+            table.add_row(*[""] * (len(table.columns) - 1), f"({left_out} between these)")
         numbers = [member.reward, *(member.rewards if names else ()), member.advantage]
         table.add_row(
             *("-" if number is None else f"{number:.3g}" for number in numbers),
@@ -385,8 +389,6 @@ def _group_table(group: Group, encodable: Callable[[str], str]) -> rich.table.Ta
             member.finish_reason,
             rich.text.Text(encodable(shortened(visible(member.text), _COMPLETION_LENGTH))),
         )
-    if len(best_first) > _MOST_MEMBERS:
-        table.caption = f"and {len(best_first) - _MOST_MEMBERS} more"
     return table
 
 

@@ -345,6 +345,20 @@ def test_a_group_is_a_table_with_its_best_completion_first_and_nothing_that_a_te
     assert max(map(len, output.splitlines())) <= 120
 
 
+def test_of_a_large_group_the_best_and_the_worst_are_shown():
+    stream = io.StringIO()
+    members = [Member(f"answer {i}", 1, [i], float(i), 0.0, "eos") for i in range(20)]
+    with Console(10, stream) as console:
+        console.show_group(1, GROUP._replace(names=["right"], members=members))
+    rows = [" ".join(line.split()) for line in stream.getvalue().splitlines()[3:]]
+    best, worst = (19, 18, 17, 16), (3, 2, 1, 0)
+    assert rows == [
+        *(f"{i} 0 1 eos answer {i}" for i in best),
+        "(12 between these)",
+        *(f"{i} 0 1 eos answer {i}" for i in worst),
+    ]
+
+
 def test_a_stream_that_cannot_take_all_characters_gets_escapes_and_plain_rules():
     with io.TextIOWrapper(io.BytesIO(), encoding="latin-1", write_through=True) as stream:
         with Console(10, stream) as console:

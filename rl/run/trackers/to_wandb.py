@@ -32,7 +32,8 @@ def check(
     if mode is not None and mode not in _MODES:
         raise ValueError(f"logging.tracker_args.wandb.mode must be one of {list(_MODES)} or null, got {shown(mode)}")
     needs_login = (mode or os.environ.get("WANDB_MODE") or "online") in ("online", "shared")
-    if needs_login and not wandb.login(prompt=False, verify=False):
+    has_key = any(os.environ.get(name) for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE"))
+    if needs_login and not has_key and not wandb.login(prompt=False, verify=False):
         raise ValueError(
             "logging.trackers wandb needs a login: set WANDB_API_KEY in the environment or run `wandb login`, or keep "
             "the run on this machine with logging.tracker_args.wandb.mode=offline"
