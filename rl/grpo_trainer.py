@@ -146,6 +146,11 @@ def train(config: Config, check_only: bool = False, trust: bool = False) -> path
             steps_done = step + 1
             # 1. draw completions; each is judged while others are still drawn
             groups = collector.draw_and_judge(state, step, progress.position)
+            if groups is None:  # asked to stop; the journal has what was drawn
+                if step:
+                    record = progress.record(policy.flavour, data.num_positions)
+                    run.save_if_due(step, state, record, reference, is_last=True)
+                break
             # 2. rewards to advantages, within each group
             rollout = with_advantages(config, groups)
             # 3. update the policy, minibatch by minibatch (the updater scores them: old and reference log-probs)

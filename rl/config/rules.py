@@ -616,11 +616,15 @@ def _has_password(value: Any) -> bool:
 def _check_rollout(config: Config) -> None:
     """Environments and tools, and what cannot be with them."""
     section = config.rollout
-    named = {f"rollout.tools.{i}": tool for i, tool in enumerate(section.tools)}
+    named: dict[str, str | None] = {f"rollout.tools.{i}": tool for i, tool in enumerate(section.tools)}
     if isinstance(section.environment, str):
         named["rollout.environment"] = section.environment
     else:
-        named |= {f"rollout.environment.{name}": value for name, value in (section.environment or {}).items()}
+        for name, value in (section.environment or {}).items():
+            is_kind = value is None and is_ready_made(f"{name}:")
+            named["rollout.environment" if is_kind else f"rollout.environment.{name}"] = (
+                f"{name}:" if is_kind else value
+            )
     if section.agent is not None:
         named["rollout.agent"] = section.agent
         for key, value in (("rollout.environment", section.environment), ("rollout.tools", section.tools or None)):
@@ -632,7 +636,12 @@ def _check_rollout(config: Config) -> None:
             )
     for key, value in named.items():
         is_tool = key.startswith(("rollout.tools", "rollout.agent"))
-        if not is_user_function(value) and (is_tool or not is_ready_made(value)):
+        if not is_tool and value and is_ready_made(value) and not value.partition(":")[2].strip():
+            raise ValueError(
+                f"{key} must name a server behind openenv: or a game behind textarena:, got {shown(value)}; for "
+                "example openenv:http://127.0.0.1:8000, or textarena:GuessTheNumber-v0"
+            )
+        if value is None or (not is_user_function(value) and (is_tool or not is_ready_made(value))):
             others = "" if is_tool else ", openenv:URL or textarena:NAME"
             raise ValueError(f"{key} must be path/to/file.py:name{others}, got {shown(value)}")
     if not section.has_turns:

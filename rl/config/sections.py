@@ -257,7 +257,7 @@ class RolloutSection:
     """Environments, tools and the limits of episodes."""
 
     tools: list[str]
-    environment: str | dict[str, str] | None
+    environment: str | dict[str, str | None] | None  # `openenv:` without a URL is a mapping to nothing in YAML
     agent: str | None
     environment_weight: float
     max_turns: int
@@ -283,7 +283,7 @@ class RolloutSection:
         if isinstance(self.environment, str):
             is_server = self.environment.startswith(OPENENV)
             return {"openenv" if is_server else self.environment.rpartition(":")[2]: self.environment}
-        return dict(self.environment or {})
+        return {name: value or "" for name, value in (self.environment or {}).items()}
 
     def refuse_turns(self, command: str) -> None:
         """ValueError for a command that draws single turns."""

@@ -23,7 +23,7 @@ from rl.data.prompts import PromptData
 from rl.data.tokenizer import Tokenizer
 from rl.devices import hosts
 from rl.models.train_state import PureState
-from rl.rollout.episodes import EpisodeSource
+from rl.rollout.episodes import EpisodeSource, LeftStep
 from rl.rollout.eval_sets import check_followed, check_functions, evaluate_set
 from rl.rollout.evaluation import evaluate, left_out_of_evaluation
 from rl.rollout.failing import FailureWatch
@@ -90,6 +90,7 @@ class Collector:
         if self._episodes is None:
             return contextlib.nullcontext()
         self._journal = Journal(folder, code_digest(self._config))
+        self._log.stops_in_steps()
         return self._journal
 
     @property
@@ -141,8 +142,9 @@ class Collector:
         self._log.messages(self._episodes.notes() if self._episodes is not None else ())
         self._say_what_is_left_out()
 
-    def draw_and_judge(self, state: PureState, step: int, position: int) -> Judged:
-        """The groups on which step number `step` (from 0) is trained.
+    def draw_and_judge(self, state: PureState, step: int, position: int) -> Judged | None:
+        """The groups on which step number `step` (from 0) is trained. None where the run was asked to stop meanwhile,
+        and the journal has what was drawn so far.
 
         Args:
           state: the weights to draw with; all randomness follows from its key and the step.
@@ -151,9 +153,11 @@ class Collector:
         self._epoch = self._order.epochs(position)
         if self._journal is not None:
             self._of_step = self._journal.step(step, state.params)
-        groups = collect(
-            self._config, self._rows, self._order, position, step, functools.partial(self._draw, state, step)
-        )
+        draw = functools.partial(self._draw, state, step)
+        try:
+            groups = collect(self._config, self._rows, self._order, position, step, draw)
+        except LeftStep:
+            return None
         self._epoch = self._order.epochs(groups.position)
         if self._stream is not None:
             self._log.messages(self._stream.take_messages())
@@ -233,6 +237,7 @@ class Collector:
             seed=self._config.seed,
             source=self._episodes,
             journal=self._of_step,
+            stops=None if self._of_step is None else self._is_left,
         )
         if self._runner.calls != calls:  # these completions showed that a function compares them
             check_calls(self._config, self._runner)
@@ -245,6 +250,10 @@ class Collector:
                 {self._numbers[row.source, row.index]: rate for row, rate, _ in pass_rates(judged, name)}
             )
         return judged
+
+    def _is_left(self, is_idle: bool) -> bool:
+        """Whether the step is to be left. Several processes ask each other only while there is nothing to draw."""
+        return (is_idle or hosts.num_processes() == 1) and self._log.stop_is_requested()
 
     def _moment(self, step: int) -> Moment:
         return Moment(step, self._config.grpo.steps, self._epoch)

@@ -50,6 +50,10 @@ MOST_TOOLS = 64  # different sets of tools of agents whose turns are kept
 _WAIT_SECONDS = 0.05  # for environments, when there is nothing to draw
 
 
+class LeftStep(Exception):
+    """The run was asked to stop in the middle of a step, whose episodes are in the journal."""
+
+
 class EpisodeLimits(NamedTuple):
     """The limits of an episode beside `sampling.max_completion_length`, the tokens that the policy draws: tokens of the
     prompt, turns, tokens of a turn, tokens after the prompt of a sequence, and sequences.
@@ -137,10 +141,13 @@ class EpisodeSource:
         step: int,
         journal: StepJournal | None = None,
         moment: Moment | None = None,
+        stops: Callable[[bool], bool] | None = None,
     ) -> Iterator[tuple[int, Episode]]:
         """Draws `num_samples` episodes of every row; yields (place [B], episode) as each ends.
 
         Args:
+          stops: asked again and again whether the step is left, with whether nothing is to be drawn at that time, which
+            is so in all processes or in none. Then `LeftStep` is raised, when the journal has all that is known.
           moment: where the run stands, for reward functions; None: at its start.
           journal: what is known of these episodes already, and where what they say and draw is added; None: nothing.
           seed, step: of the run; the seed of an environment follows from both and from the prompt's index, and is the
@@ -149,6 +156,7 @@ class EpisodeSource:
         session = sampler.open(params, sampling, key, len(rows), num_samples, self.limits.tokens)
         seeds = [sample_seed(seed, step, index, 0) for index in prompt_indices]
         call = _Call(self, session, rows, num_samples, sampling, prompt_indices, seeds, journal)
+        call.stops = stops
         if self.judges:
             own = [sample_seed(seed, step, *key) for key in call.keys]
             call.facts_of = functools.partial(_facts, self.tokenizer, own, moment or Moment())
@@ -176,6 +184,7 @@ class _Call:
     ) -> None:
         self._tokenizer, self._journal = source.tokenizer, journal
         self.facts_of: Callable[[int, Episode], EpisodeFacts] | None = None
+        self.stops: Callable[[bool], bool] | None = None
         self.keys = [(int(index), sample) for index in prompt_indices for sample in range(num_samples)]
         self._environments: Environments = source.environments
         if journal is not None:
@@ -212,6 +221,7 @@ class _Call:
         """Until all episodes have ended."""
         num_left = len(self._episodes)
         while num_left:
+            self._leave_if_asked(is_idle=not self._session.has_work)
             while self._groups and self._num_running + self._num_samples <= max(self._max_running, self._num_samples):
                 p, (row, seed) = self._groups.popleft()
                 self._ask(p, row, seed)
@@ -227,10 +237,18 @@ class _Call:
             num_left -= len(over)
             self._num_running -= len(over)
         while self._closing:  # they would keep the workers busy, and be ended with them
+            self._leave_if_asked(is_idle=True)
             for reply in self._environments.poll(_WAIT_SECONDS):
                 self._read(reply)
         if self._journal is not None:
             self._journal.sync(waits=True)
+
+    def _leave_if_asked(self, *, is_idle: bool) -> None:
+        """Raises `LeftStep` where the step is to be left. is_idle: nothing is drawn until an environment answers."""
+        if self.stops is not None and self.stops(is_idle):
+            if self._journal is not None:
+                self._journal.sync(waits=True)
+            raise LeftStep
 
     def _replies(self) -> list[EnvironmentReply]:
         """The replies that are there. In order: all that were asked for, by the places of their episodes."""
@@ -238,6 +256,7 @@ class _Call:
             return self._environments.poll(0.0 if self._session.has_work else _WAIT_SECONDS)
         replies: list[EnvironmentReply] = []
         while len(replies) < self._num_asked:
+            self._leave_if_asked(is_idle=True)
             replies += self._environments.poll(_WAIT_SECONDS)
         self._num_asked = 0
         return sorted(replies, key=lambda reply: reply.episode)

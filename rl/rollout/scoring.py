@@ -6,7 +6,7 @@ In: a sampler, weights, prompts, the running reward workers. Out: `ScoredComplet
 
 import dataclasses
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -123,6 +123,7 @@ def sample_and_score(
     source: EpisodeSource | None = None,
     episode_step: int | None = None,
     journal: StepJournal | None = None,
+    stops: Callable[[bool], bool] | None = None,
 ) -> ScoredCompletions:
     """Draws completions of every row, and runs the reward functions on each as it ends, while others are still drawn.
 
@@ -131,7 +132,7 @@ def sample_and_score(
       names: the reward functions to run; None: all.
       moment: where the run stands; None: at its start. seed: of the run, for the seeds of reward functions.
       source: draws episodes in place of single turns. episode_step: the step from which the seeds of environments
-        follow; None: that of the moment. journal: of the step, see `EpisodeSource.draw`.
+        follow; None: that of the moment. journal, stops: of the step, see `EpisodeSource.draw`.
       watch: "rollout" counts the time until the last completion, "reward" the time of the rewards after that.
     """
     row_B = [row for row in rows for _ in range(num_samples)]
@@ -158,9 +159,8 @@ def sample_and_score(
                 drawn = sampler.stream(params, [row.prompt_ids for row in rows], requests, sampling, key)
             else:
                 of_step = step if episode_step is None else episode_step
-                drawn = _episodes(
-                    source, episodes, sampler, params, rows, requests, sampling, key, seed, of_step, journal, moment
-                )
+                how_drawn = sampler, params, rows, requests, sampling, key, seed, of_step, journal, moment, stops
+                drawn = _episodes(source, episodes, *how_drawn)
             for b, completion in drawn:
                 row, episode, ids = row_B[b], episodes.get(b), completion.token_ids.tolist()
                 ids = ids if episode is None else episode.all_ids
@@ -203,12 +203,13 @@ def _episodes(
     step: int,
     journal: StepJournal | None,
     moment: Moment | None,
+    stops: Callable[[bool], bool] | None,
 ) -> Iterator[tuple[int, Completion]]:
     """Draws an episode for each request as `CompletionSource.stream` draws completions; notes them in `episodes`."""
     num_samples = len(requests) // len(rows)
     indices = [request.prompt_index for request in requests[::num_samples]]
     for b, episode in source.draw(
-        sampler, params, rows, num_samples, sampling, key, indices, seed, step, journal, moment
+        sampler, params, rows, num_samples, sampling, key, indices, seed, step, journal, moment, stops
     ):
         episodes[b] = episode
         yield b, episode.completion(requests[b].prompt_index, requests[b].sample_index, sampling)

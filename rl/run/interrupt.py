@@ -16,6 +16,7 @@ class StopRequest:
 
     def __init__(self, say: Callable[[str], None]):
         self.requested = False
+        self.plan = "finishing this step, then saving"  # what the run does about a request
         self._say = say
         self._previous: dict[int, object] = {}
 
@@ -36,7 +37,7 @@ class StopRequest:
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.requested = True
-        text = f"{signal.Signals(number).name}: finishing this step, then saving (Ctrl-C again to stop at once)"
+        text = f"{signal.Signals(number).name}: {self.plan} (Ctrl-C again to stop at once)"
         try:
             self._say(text)
         except (OSError, RuntimeError):

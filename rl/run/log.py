@@ -229,7 +229,9 @@ class RunLog(Console):
 
         what_next: with a run that has all its steps.
         """
-        if step < self._total_steps:
+        if not step and self._total_steps:
+            self.last_word(f"no step is done; its episodes are in the journal of {path}, and the same command goes on")
+        elif step < self._total_steps:
             self.last_word(f"saved step {step} of {self._total_steps} in {path}; the same command goes on")
         else:
             self.last_word(f"done: {path} has all {step} steps; next: {what_next}")
@@ -255,6 +257,11 @@ class RunLog(Console):
         """Prints `warning: text` for each."""
         for text in texts:
             self.warning(text)
+
+    def stops_in_steps(self) -> None:
+        """To be called where a step that is cut short goes on later, so that a request to stop need not wait for it."""
+        assert self._stop is not None, "outside of `recording`"
+        self._stop.plan = "leaving this step, whose episodes are kept, then saving"
 
     def stop_is_requested(self) -> bool:
         """Whether one of the processes was asked to stop. All of them must ask at the same step."""

@@ -30,6 +30,7 @@ from rl.run_folder.contents import (
     EVALUATIONS,
     HASHES,
     IDENTITY,
+    JOURNAL,
     LOCK,
     LOG,
     LOG_BEFORE,
@@ -44,7 +45,7 @@ from rl.run_folder.settle import Record, local_steps, read_record, settle, write
 
 # Files of a run folder that are not copied: they have a meaning only on their machine, or only in the store.
 _UNSHARED = (LOCK, CURVES, REPORT, LEASE, LEDGER)
-_GONE_ON_WITH = (*FILES, LOG, LOG_BEFORE)  # files that a run needs to resume, beside its checkpoints
+_GONE_ON_WITH = (*FILES, JOURNAL, LOG, LOG_BEFORE)  # files that a run needs to resume, beside its checkpoints
 _POLL_SECONDS = 0.05
 
 

@@ -153,6 +153,9 @@ def create_app(
                 response = _error(error)
             except ClientDisconnect:
                 response = Response(status_code=499)  # nobody reads it
+            except Exception:
+                metrics.note(path, 500, time.monotonic() - start)
+                raise
             if not isinstance(response, _Streamed):
                 metrics.note(path, response.status_code, time.monotonic() - start)
             else:
@@ -184,7 +187,9 @@ def create_app(
             "/v1/chat/completions and /v1/completions are there",
         )
         text = f"{where}: {error.detail}; {there}"
-        return _error(ApiError(error.status_code, text, code="not_found"))
+        metrics.note("other", error.status_code, 0.0)
+        code = "method_not_allowed" if error.status_code == 405 else "not_found"
+        return _error(ApiError(error.status_code, text, code=code))
 
     async def fault(request: Request, error: Exception) -> Response:
         return _error(ApiError(500, f"a fault of the server: {type(error).__name__}", code="fault"))

@@ -78,6 +78,7 @@ class Calls:
     ) -> list[Job]:
         """A job for each choice of each prompt. ApiError for what cannot be drawn."""
         inbox, deadline = self._inbox(), time.monotonic() + self._seconds
+        self._check_count(len(prompts), num_choices)
         for prompt_ids in prompts:
             self.check(prompt_ids, rules, limit, seed)
         return [
@@ -90,6 +91,7 @@ class Calls:
         """A job for the log-probs of each prompt."""
         inbox, deadline = self._inbox(), time.monotonic() + self._seconds
         rules = DrawRules(temperature=temperature)
+        self._check_count(len(prompts), 1)
         for prompt_ids in prompts:
             self.check(prompt_ids, rules, 1, None)
         return [Job(ids, 0, rules, inbox, deadline=deadline, num_top=num_top) for ids in prompts]
@@ -105,12 +107,37 @@ class Calls:
                 param="prompt",
                 code="context_length_exceeded",
             )
+        longest, least = self.engine.limits.max_tokens, rules.min_completion_length
+        if limit > longest:
+            raise ApiError(
+                400,
+                f"max_tokens must be at most {longest} here, got {limit}; ask for fewer, or start the server with a "
+                "larger sampling.max_completion_length",
+                param="max_tokens",
+            )
+        if least > limit:
+            raise ApiError(
+                400, f"min_tokens must be at most the limit of tokens, {limit}, got {least}", param="min_tokens"
+            )
         try:
             self.engine.check(prompt_ids, limit, rules, seed)
         except ValueError as error:
             text = str(error).replace("requests[0].rules.", "").replace("requests[0].", "")
             text = text.replace("prompts[0]", "prompt")
             raise ApiError(400, text, param=text.partition(" ")[0]) from None
+
+    def _check_count(self, num_prompts: int, num_choices: int) -> None:
+        """ApiError for a request of more completions than the server ever holds: to try again would not help."""
+        limits = self.engine.limits
+        most = limits.num_slots + limits.max_waiting
+        if num_prompts * num_choices > most:
+            what = "n" if num_prompts == 1 else "prompt" if num_choices == 1 else "n times the prompts"
+            raise ApiError(
+                400,
+                f"{what} must be at most {most} here, the completions that are drawn or wait, got "
+                f"{num_prompts * num_choices}; ask in several requests, or start the server with a larger --queue",
+                param="n" if num_choices > 1 else "prompt",
+            )
 
     @contextlib.asynccontextmanager
     async def running(self, jobs: Sequence[Job]) -> AsyncIterator["Running"]:

@@ -207,7 +207,8 @@ class Texts:
     def _tell(self, asked: PreparedText, ends: Sequence[Ended], texts: Sequence[str]) -> None:
         prompts = [prompt for prompt in asked.prompts for _ in range(asked.body.options.num_choices)]
         completions = [end.completion for end in ends]
-        self._notify(FinishedCall(asked.key, [], [], prompts[: len(ends)], completions, texts))
+        if completions:  # else log-probs of prompts were asked for, and nothing was drawn
+            self._notify(FinishedCall(asked.key, [], [], prompts, completions, texts))
 
     def _head(self) -> dict[str, Any]:
         return {

@@ -15,6 +15,7 @@ from typing import Any
 from rl.config.load import Config
 from rl.config.ranges import LARGEST_SEED
 from rl.devices.programs import use_compilation_cache
+from rl.files.output_file import check_writable
 from rl.sampler.create import create_sampler, eos_ids, sampling_params
 from rl.serving.engine import Engine, EngineLimits
 from rl.tools.step_option import step_option
@@ -46,6 +47,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, str, list[str]]:
     parser.add_argument("--queue", type=int, default=256, help="completions that may wait for a slot")
     parser.add_argument("--chunk", type=int, default=8, help="tokens decoded between two looks")
     parser.add_argument("--top-logprobs", type=int, default=5, help="the most that a request may ask for")
+    parser.add_argument("--record", metavar="FILE", help="a file of JSON lines, one for each call that was answered")
     parser.add_argument("--timeout", type=float, default=600.0, help="seconds of a request")
     parser.add_argument("--drain", type=float, default=30.0, help="seconds for what runs when the server is stopped")
     parser.add_argument("--max-body-bytes", type=int, default=4_000_000, help="of a request")
@@ -88,6 +90,7 @@ def serve(arguments: argparse.Namespace, model: str, overrides: Sequence[str]) -
         )
     try:
         from rl.serving.app import ServerLimits, create_app
+        from rl.serving.call_file import CallFile
         from rl.serving.server import open_socket
         from rl.serving.server import serve as serve_app
     except ModuleNotFoundError as error:
@@ -102,6 +105,7 @@ def serve(arguments: argparse.Namespace, model: str, overrides: Sequence[str]) -
     if config.sampling.source is not None:
         raise ValueError("sampling.source must be null for grpo serve, which draws with the weights of MODEL itself")
     use_compilation_cache(config)
+    check_writable(arguments.record, "--record")
     opened = open_socket(arguments.host, arguments.port)
     with contextlib.closing(opened), contextlib.ExitStack() as stack:
         trained = load_source(source)
@@ -119,8 +123,9 @@ def serve(arguments: argparse.Namespace, model: str, overrides: Sequence[str]) -
         name = arguments.name or str(model)
         server_limits = ServerLimits(arguments.max_body_bytes, arguments.timeout)
         hosts = LOOPBACK if is_local and api_key is None else None
-        remembered = {"most_conversations": arguments.conversations}
-        app = create_app(engine, trained.tokenizer, name, server_limits, api_key, hosts, **remembered)
+        record = None if arguments.record is None else stack.enter_context(CallFile(arguments.record, _say))
+        more = {"on_call": record, "most_conversations": arguments.conversations}
+        app = create_app(engine, trained.tokenizer, name, server_limits, api_key, hosts, **more)
         host, port = opened.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
         notes = [f"serving {name!r} at http://{shown}:{port}/v1"]

@@ -187,6 +187,9 @@ def test_a_recipe_names_servers_and_games():
         ValueError, match=r"rollout\.environment must be path/to/file\.py:name, openenv:URL or textarena"
     ):
         load_config(None, ["rollout.environment=gym:Wordle"])
+    for kind in ("openenv:", "textarena:", "'openenv:'"):  # the first two are mappings to nothing in YAML
+        with pytest.raises(ValueError, match="must name a server behind openenv: or a game behind textarena:"):
+            load_config(None, [f"rollout.environment={kind}"])
     with pytest.raises(ValueError, match=r"rollout\.tools\.0 must be path/to/file\.py:name, got"):
         load_config(None, ["rollout.tools=[textarena:Wordle-v0]"])
 

@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from rl.run.metrics import read_metrics, read_samples
 from rl.sampler.slot_session import SlotSession
 from rl.tools.evaluate import evaluate_source
 from rl.tools.samples.sample import main as sample_main
+from tests.devices.test_hosts import Launched
 from tests.helpers.metric_lines import steady, without_entry
 from tests.helpers.places import ROOT
 
@@ -304,6 +306,31 @@ def test_tools_answer_a_policy_that_calls_them(folder, tmp_path, monkeypatch):
     assert metrics[0]["tool_calls/mean"] == 4
 
 
+@pytest.mark.long
+def test_two_processes_go_on_in_mid_episode_when_one_was_killed_as_if_it_had_not_been(folder):
+    """The first of them keeps the journal of both."""
+    keys = [f"rollout.environment={folder / 'game.py'}:Game", "rollout.in_order=true", "checkpoint.every=1"]
+    keys += ["grpo.prompts_per_step=4", "grpo.minibatches=2", f"data.source={folder / 'seeded.jsonl'}"]
+    keys += ["mesh.num_devices=null", "mesh.data=2", "mesh.fsdp=-1", "mesh.slice_is=process"]
+    command = ["train", str(folder / "recipe.yml"), *keys]
+    whole = Launched(folder / "whole_of_two", *command, f"output_dir={folder / 'whole_of_two'}")
+    status, said = whole.end()
+    assert status == 0, said
+    command.append(f"output_dir={folder / 'killed_of_two'}")
+    first = Launched(folder / "killed_of_two", *command)
+    while "1 (pid" not in first.said.read_text():
+        time.sleep(0.05)
+    (folder / "kill").write_text(f"5 {first.child(1)}")
+    status, said = first.end()
+    assert (status, "killed by SIGKILL" in said) == (1, True), said
+    assert (folder / "killed_of_two" / "journal.jsonl").stat().st_size
+    status, said = Launched(folder / "killed_of_two", *command).end()
+    assert status == 0, said
+    one, two = folder / "whole_of_two", folder / "killed_of_two"
+    assert read_samples(two) == read_samples(one)
+    assert [steady(line) for line in read_metrics(two)] == [steady(line) for line in read_metrics(one)]
+
+
 def test_an_environment_may_begin_again_and_all_sequences_are_trained(folder):
     metrics, samples = start(
         folder,
@@ -501,7 +528,7 @@ def test_a_turn_that_a_limit_cuts_is_judged_and_shapes_do_not_follow_the_number_
 
 def test_a_run_that_is_killed_in_mid_episode_goes_on_as_if_it_had_not_been(folder, capsys, monkeypatch):
     """With rollout.in_order, bit for bit. The other flavour goes on from the checkpoint and the journal of the first.
-    Otherwise what is in the journal is equal, and the other tokens are.
+    Otherwise what is in the journal is equal, and the other tokens are. A run that is asked to stop leaves its step.
     """
     game = [f"rollout.environment={folder / 'game.py'}:Game", "rollout.in_order=true", "checkpoint.every=1"]
     # Without the kind whose prompts do not follow from the seed.
@@ -526,12 +553,15 @@ def test_a_run_that_is_killed_in_mid_episode_goes_on_as_if_it_had_not_been(folde
 
     def stop(*arguments):
         if next(count) == 54:  # of about 2 * 32 turns
-            raise InterruptedError
+            signal.raise_signal(signal.SIGINT)
         original(*arguments)
 
     monkeypatch.setattr(StepJournal, "add_turn", stop)
-    with pytest.raises(InterruptedError):
-        start(folder, "cut short", *game)
+    metrics, _ = start(folder, "cut short", *game)
+    assert ([line["step"] for line in metrics], next(count) < 64) == ([1], True)
+    told = capsys.readouterr()
+    assert "SIGINT: leaving this step, whose episodes are kept, then saving" in told.out + told.err
+    assert "saved step 1 of 2" in told.out
     monkeypatch.undo()
     metrics, again = start(folder, "cut short", *game, "pure_nnx=false")
     assert re.search(r"step 2: \d+ whole episodes and \d+ begun ones are from the journal", capsys.readouterr().out)

@@ -20,7 +20,7 @@ from rl.data.tokenizer import Tokenizer
 from rl.data.turns import text_turns
 from rl.rollout.environments import EnvironmentReward
 from rl.rollout.episode import Episode, episode_metrics
-from rl.rollout.episodes import EpisodeLimits, EpisodeSource
+from rl.rollout.episodes import EpisodeLimits, EpisodeSource, LeftStep
 from rl.rollout.journal import Journal, StepJournal, code_digest, weights_mark
 from rl.sampler.contract import Completion, Request
 from rl.sampler.token_draw import SamplingParams
@@ -132,6 +132,7 @@ def play(
     in_order: bool = False,
     asked: str = "asked",
     index: int = 0,
+    stops: Any = None,
 ) -> tuple[list[Episode], Session]:
     """A group of four episodes. most: turns after which the run stops. index: of its prompt."""
     session = Session(most)
@@ -140,7 +141,7 @@ def play(
     source = EpisodeSource(environments, {"game": text_turns(TOKENIZER)}, TOKENIZER, limits, EnvironmentReward())
     source.in_order = in_order
     row = PromptRow(asked, np.array(TOKENIZER.encode(asked), np.int32), {"answer": 4}, 0)
-    found = dict(source.draw(sampler, None, [row], 4, SAMPLING, None, [index], 0, 0, journal))
+    found = dict(source.draw(sampler, None, [row], 4, SAMPLING, None, [index], 0, 0, journal, None, stops))
     return [found[b] for b in range(4)], session
 
 
@@ -189,6 +190,33 @@ def test_a_step_that_was_cut_short_goes_on_as_if_it_had_not_been(folder, most, i
         assert (outcome(episodes), environments.asked) == (outcome(whole), [])
         assert again.told() == ["step 1: 4 whole episodes and 0 begun ones are from the journal"]
     assert episode_metrics(episodes) == episode_metrics(whole)
+
+
+class Hung(Environments):
+    """The turn of a sample gets no answer. asked: how often the run has looked for one since."""
+
+    def step(self, episode: int, text: str, tokens: Any = None, expects: Any = None) -> None:
+        if episode != 2:
+            super().step(episode, text, tokens, expects)
+
+
+@pytest.mark.parametrize("in_order", [False, True])
+def test_a_step_is_left_when_the_run_is_asked_to_stop_though_an_environment_hangs(folder, in_order):
+    whole, _ = play(None, Environments(), in_order=in_order)
+    looks: list[bool] = []
+
+    def stops(is_idle: bool) -> bool:
+        looks.append(is_idle)
+        return is_idle and len(looks) > 40
+
+    with Journal(folder) as journal, pytest.raises(LeftStep):
+        play(journal.step(0, PARAMS), Hung(), in_order=in_order, stops=stops)
+    assert looks[-1]
+    with Journal(folder) as journal:
+        step = journal.step(0, PARAMS)
+        episodes, _ = play(step, Environments(), in_order=in_order)
+    assert outcome(episodes) == outcome(whole)
+    assert (step.num_taken, step.num_continued) == ((1, 3) if in_order else (3, 1))
 
 
 @pytest.mark.parametrize("most", [1, 6, 11, 15, 19])

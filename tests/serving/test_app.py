@@ -8,9 +8,11 @@ import re
 import threading
 import time
 
+import httpx
 import jax
 import numpy as np
 import pytest
+import uvicorn
 from starlette.testclient import TestClient
 
 from rl.config.load import load_config
@@ -26,8 +28,10 @@ from rl.serving.app import ServerLimits, create_app
 from rl.serving.bodies import read_chat
 from rl.serving.calls import Calls
 from rl.serving.chat import OPENS, Chats, _Content
+from rl.serving.completions import Texts
 from rl.serving.conversations import Conversations
 from rl.serving.engine import Job
+from rl.serving.server import open_socket
 from tests.helpers.places import ROOT
 from tests.helpers.tiny_models import noisy_params, tiny_config
 
@@ -347,17 +351,20 @@ HOSTILE = [
     ({"json": {"prompt": [10**6]}}, 400, "prompt must have token ids in"),
     ({"json": {"prompt": [-1]}}, 400, "prompt must be"),
     ({"json": {"prompt": "a" * 300}}, 400, "at most 256 tokens"),
-    ({"json": {"prompt": "a", "max_tokens": 10**6}}, 400, "limit must be between"),
+    ({"json": {"prompt": "a", "max_tokens": 10**6}}, 400, f"max_tokens must be at most {LIMIT} here"),
     ({"json": {"prompt": "a", "max_tokens": 0}}, 400, "max_tokens must be"),
     ({"json": {"prompt": "a", "n": 1000}}, 400, "n must be"),
-    ({"json": {"prompt": "a", "n": 100}}, 429, "the server is full"),
+    ({"json": {"prompt": "a", "n": 11}}, 400, "n must be at most 10 here"),
+    ({"json": {"prompt": ["a"] * 11}}, 400, "prompt must be at most 10 here"),
+    ({"json": {"prompt": ["a"] * 6, "n": 2}}, 400, "n times the prompts must be at most 10 here"),
+    ({"json": {"prompt": ["a"] * 11, "echo": True, "max_tokens": 0, "logprobs": 0}}, 400, "prompt must be at most 10"),
     ({"json": {"prompt": "a", "temperature": 1e-30}}, 400, "temperature must be"),
     ({"json": {"prompt": "a", "temperature": "1"}}, 400, "temperature must be"),
     ({"json": {"prompt": "a", "top_p": 0}}, 400, "top_p must be"),
     ({"json": {"prompt": "a", "stop": ["x"] * 17}}, 400, "stop must be"),
     ({"json": {"prompt": "a", "stop": ""}}, 400, "stop must be"),
     ({"json": {"prompt": "a", "logprobs": 4}}, 400, "logprobs must be"),
-    ({"json": {"prompt": "a", "min_tokens": 20}}, 400, "min_completion_length"),
+    ({"json": {"prompt": "a", "min_tokens": 20}}, 400, "min_tokens must be at most the limit of tokens, 16"),
     ({"json": {"prompt": "a", "response_format": {"type": "json_object"}}}, 400, "response_format is not supported"),
     ({"json": {"prompt": "a", "logit_bias": {"5": 1}}}, 400, "logit_bias is not supported"),
     ({"json": {"prompt": "a", "best_of": 2}}, 400, "best_of must be"),
@@ -418,6 +425,30 @@ def test_what_others_serve_is_refused_by_name_and_the_rest_is_told(served):
     text = client.get("/metrics").text
     assert 'grpo_requests_total{path="/v1/completions",status="200"}' in text
     assert f"grpo_drawn_tokens_total {float(served.engine.counts.num_drawn_tokens)}" in text
+
+
+def test_a_full_server_says_so_and_a_fault_is_counted_as_other_answers(served, monkeypatch):
+    app = create_app(served.engine, served.tokenizer, "tiny")
+    asked = {"prompt": "abc", "n": 10, "ignore_eos": True, "max_tokens": LIMIT}
+
+    async def ask_twice() -> list[int]:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://test") as client:
+            answers = [client.post("/v1/completions", json=asked) for _ in range(2)]
+            return sorted(answer.status_code for answer in await asyncio.gather(*answers))
+
+    assert asyncio.run(ask_twice()) == [200, 429]
+
+    async def broken(*arguments) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(Texts, "prepare", broken)
+    client = TestClient(app, raise_server_exceptions=False)
+    response = client.post("/v1/completions", json=asked)
+    assert (response.status_code, response.json()["error"]["code"]) == (500, "fault")
+    assert client.get("/nowhere").status_code == 404
+    text = client.get("/metrics").text
+    for path, status in (("/v1/completions", 200), ("/v1/completions", 429), ("/v1/completions", 500), ("other", 404)):
+        assert f'grpo_requests_total{{path="{path}",status="{status}"}} 1.0' in text
 
 
 def test_a_key_and_the_name_of_the_host_are_asked_for(served):
@@ -558,6 +589,100 @@ def test_the_client_of_openai_reads_answers_streams_and_errors(served):
                 await client.embeddings.create(model="tiny", input="a")
 
     asyncio.run(ask())
+
+
+# A template of Llama's format, in which a call needs no end.
+CALLER = """\
+{%- for tool in tools or [] %}<|start_header_id|>{{ tool | tojson }} {"name": x, "parameters": y}{% endfor %}
+{%- for m in messages %}[{{ m.role }}]{{ m.content }}{{ "called" if m.tool_calls }}<|eos|>{% endfor %}
+{%- if add_generation_prompt %}[assistant]{% endif %}"""
+
+
+def calling_params(served):
+    """Weights with which `{` follows a space, `}` follows `{`, and `}` or the end of the turn follow `}`, evenly."""
+    space, opens, closes = (served.tokenizer.encode(text, add_bos=False)[0] for text in " {}")
+    params = jax.tree.map(lambda array: np.zeros(array.shape, array.dtype), served.params)
+    for place, token in enumerate((space, opens, closes, served.tokenizer.eos_ids[0])):
+        params["embed_tokens"]["embedding"][token, place] = 1.0
+    mlp = params["layers_0"]["mlp"]
+    for place, following in enumerate(((1,), (2,), (2, 3))):  # the MLP turns each token into those that follow it
+        mlp["gate_proj"]["kernel"][place, place] = mlp["up_proj"]["kernel"][place, place] = 1.0
+        mlp["down_proj"]["kernel"][place, following] = 10.0
+    params["layers_0"]["post_attention_layernorm"]["scale"][:] = 1.0
+    params["norm"]["scale"][:] = 10.0
+    return params
+
+
+@contextlib.contextmanager
+def listening(app):
+    """The URL of an application that is served on a socket."""
+    opened = open_socket("127.0.0.1", 0)
+    server = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="off"))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [opened]})
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{opened.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+def test_a_call_of_a_tool_reaches_the_clients_of_openai_whole_and_in_pieces(served, tmp_path):
+    openai = pytest.importorskip("openai", reason="needs the extra judge")
+    (tmp_path / "chat.jinja").write_text(CALLER.replace("<|eos|>", served.tokenizer.backend.eos_token))
+    tokenizer = load_tokenizer("byte", tmp_path / "chat.jinja")
+    messages = [{"role": "user", "content": "2 + 3?"}]
+    asked = {"model": "tiny", "tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "add"}}}
+    served.engine.load(
+        jax.device_put(calling_params(served), jax.tree.map(lambda array: array.sharding, served.params))
+    )
+
+    def is_call(choice) -> bool:
+        return choice.finish_reason == "tool_calls" and choice.message.content is None
+
+    def check(message, finish_reason) -> None:
+        (call,) = message.tool_calls
+        assert (finish_reason, message.content or None, call.type) == ("tool_calls", None, "function")
+        assert (call.function.name, call.function.arguments) == ("add", "{}")
+
+    def joined_calls(chunks) -> list[tuple]:
+        deltas = [call for chunk in chunks for call in chunk.choices[0].delta.tool_calls or []]
+        assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices[0].finish_reason] == ["tool_calls"]
+        assert not any(chunk.choices[0].delta.content for chunk in chunks)
+        return [(delta.index, delta.id, delta.function.name, delta.function.arguments) for delta in deltas]
+
+    async def ask_async(url: str, seed: int) -> list[tuple]:
+        async with openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0) as client:
+            whole = await client.chat.completions.create(messages=messages, seed=seed, **asked)
+            check(whole.choices[0].message, whole.choices[0].finish_reason)
+            stream = await client.chat.completions.create(messages=messages, seed=seed, stream=True, **asked)
+            return joined_calls([chunk async for chunk in stream])
+
+    try:
+        with listening(create_app(served.engine, tokenizer, "tiny")) as root:
+            url = f"{root}/v1"
+            with openai.OpenAI(base_url=url, api_key="none", max_retries=0) as client:
+                # One in four draws closes both braces and ends.
+                many = client.chat.completions.create(messages=messages, seed=0, n=8, **asked)
+                picked = next(choice for choice in many.choices if is_call(choice))
+                check(picked.message, picked.finish_reason)
+                seeds = ((s, client.chat.completions.create(messages=messages, seed=s, **asked)) for s in range(100))
+                seed, answer = next((seed, answer) for seed, answer in seeds if is_call(answer.choices[0]))
+                check(answer.choices[0].message, answer.choices[0].finish_reason)
+                stream = client.chat.completions.create(messages=messages, seed=seed, stream=True, **asked)
+                told = [(0, answer.choices[0].message.tool_calls[0].id, "add", "{}")]
+                assert joined_calls(list(stream)) == told
+                with client.chat.completions.stream(messages=messages, seed=seed, **asked) as events:
+                    final = events.get_final_completion()
+                check(final.choices[0].message, final.choices[0].finish_reason)
+                said = answer.choices[0].message.model_dump(exclude_none=True)
+                result = {"role": "tool", "tool_call_id": told[0][1], "content": "5"}
+                more = [*messages, said, result]
+                after = client.chat.completions.create(model="tiny", messages=more, tools=[TOOL], max_tokens=1)
+                assert after.usage.prompt_tokens > answer.usage.prompt_tokens - len('{"name": "add", "parameters": ')
+            assert asyncio.run(ask_async(url, seed)) == told
+    finally:
+        served.engine.load(served.params)
 
 
 CALL = '<tool_call>{"name": "add", "arguments": {}}</tool_call>'

@@ -27,7 +27,7 @@ def folder(tmp_path_factory) -> pathlib.Path:
     return write_model(tmp_path_factory.mktemp("model"))
 
 
-def test_the_command_serves_what_its_page_shows_and_ends_what_it_has_begun(folder, capsys):
+def test_the_command_serves_what_its_page_shows_and_ends_what_it_has_begun(folder, tmp_path, capsys):
     shell, python, _ = [text for _, text in BLOCKS]
     assert [language for language, _ in BLOCKS] == ["sh", "python", "python"]
     late: list[str] = []
@@ -45,6 +45,8 @@ def test_the_command_serves_what_its_page_shows_and_ends_what_it_has_begun(folde
         names: dict[str, Any] = {"URL": url, "print": lambda *values: None}
         exec(python, names)
         names["client"].close()
+        score = {"prompt": "ab", "max_tokens": 0, "echo": True, "logprobs": 1}
+        assert client.post(f"{url}/v1/completions", json=score).json()["usage"]["completion_tokens"] == 0
         for _ in range(3):  # a client that goes away in the middle of its answer
             with client.stream("POST", f"{url}/v1/completions", json={**BODY, "stream": True}) as response:
                 next(response.iter_bytes())
@@ -62,7 +64,7 @@ def test_the_command_serves_what_its_page_shows_and_ends_what_it_has_begun(folde
         begun.wait(600)  # and the signal comes
         return told
 
-    status, told = beside(folder, ask)
+    status, told = beside(folder, ask, "--record", str(tmp_path / "calls.jsonl"))
     threads[0].join()
     client.close()
     assert status == 0
@@ -70,6 +72,15 @@ def test_the_command_serves_what_its_page_shows_and_ends_what_it_has_begun(folde
     assert told["choices"][0]["message"]["role"] == "assistant"
     assert late[-2:] == ["data: [DONE]", ""]
     assert sum('"finish_reason":"length"' in line for line in late) == 8
+    calls = [json.loads(line) for line in (tmp_path / "calls.jsonl").read_text().splitlines()]
+    assert calls[0]["messages"] == [{"role": "user", "content": "2+2?"}]
+    (choice,) = calls[0]["choices"]
+    assert len(choice["token_ids"]) == len(choice["logprobs"]) == told["usage"]["completion_tokens"]
+    assert (len(choice["prompt_ids"]), choice["answer"]) == (
+        told["usage"]["prompt_tokens"],
+        told["choices"][0]["message"],
+    )
+    assert len(calls[-1]["choices"]) == 8
     said = capsys.readouterr().err
     assert "serving 'policy' at http://127.0.0.1:" in said
     assert said.endswith("stopped\n")
