@@ -149,7 +149,7 @@ def train(config: Config, check_only: bool = False, trust: bool = False) -> path
             if groups is None:  # asked to stop; the journal has what was drawn
                 if step:
                     record = progress.record(policy.flavour, data.num_positions)
-                    run.save_if_due(step, state, record, reference, is_last=True)
+                    run.save_if_due(step, state, record, reference, True, progress.best.step)
                 break
             # 2. rewards to advantages, within each group
             rollout = with_advantages(config, groups)
