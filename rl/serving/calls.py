@@ -128,20 +128,23 @@ class Calls:
 
     def _check_count(self, num_prompts: int, num_choices: int) -> None:
         """ApiError for a request of more completions than the server ever holds: to try again would not help."""
-        limits = self.engine.limits
-        most = limits.num_slots + limits.max_waiting
-        if num_prompts * num_choices > most:
-            what = "n" if num_prompts == 1 else "prompt" if num_choices == 1 else "n times the prompts"
+        what = "n" if num_prompts == 1 else "prompt" if num_choices == 1 else "n times the prompts"
+        self._check_jobs(num_prompts * num_choices, what)
+
+    def _check_jobs(self, count: int, what: str) -> None:
+        most = self.engine.limits.num_slots + self.engine.limits.max_waiting
+        if count > most:
             raise ApiError(
                 400,
-                f"{what} must be at most {most} here, the completions that are drawn or wait, got "
-                f"{num_prompts * num_choices}; ask in several requests, or start the server with a larger --queue",
-                param="n" if num_choices > 1 else "prompt",
+                f"{what} must be at most {most} here, the completions that are drawn or wait, got {count}; ask in "
+                "several requests, or start the server with a larger --queue",
+                param="prompt" if what == "prompt" else "n",
             )
 
     @contextlib.asynccontextmanager
     async def running(self, jobs: Sequence[Job]) -> AsyncIterator["Running"]:
         """Runs jobs; those that are not over at the end are cancelled. ApiError where the engine takes none."""
+        self._check_jobs(len(jobs), "n times the prompts, and once more the prompts with echo and logprobs,")
         inbox, queue = self._inbox(), asyncio.Queue[tuple[Job, News]]()
         inbox.queues.update(dict.fromkeys(jobs, queue))
         is_in = False

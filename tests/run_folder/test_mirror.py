@@ -393,9 +393,9 @@ def test_a_run_goes_on_from_another_machine_with_the_same_lines(tmp_path):
     assert train(Staging(store, tmp_path / "a", 2), last=5) == 5
 
 
-def test_the_journal_of_a_run_that_left_a_step_is_there_on_another_machine(tmp_path):
-    store = memory_store("run")
-    first = Staging(store, tmp_path / "a", 2)
+def check_journal_moves(store: Store, folder: pathlib.Path) -> None:
+    """A run that left a step on one machine finds the step's journal on another."""
+    first = Staging(store, folder / "a", 2)
     first.open()
     first.begin()
     write_step(first.run, 1)
@@ -403,11 +403,15 @@ def test_the_journal_of_a_run_that_left_a_step_is_there_on_another_machine(tmp_p
     first.wait()
     (first.run / "journal.jsonl").write_text('{"step": 1}\n')
     first.close()
-    other = Staging(store, tmp_path / "b", 2)
+    other = Staging(store, folder / "b", 2)
     other.open()
     assert (other.run / "journal.jsonl").read_text() == '{"step": 1}\n'
     other.begin()
     other.close()
+
+
+def test_the_journal_of_a_run_that_left_a_step_is_there_on_another_machine(tmp_path):
+    check_journal_moves(memory_store("run"), tmp_path)
 
 
 def test_a_folder_that_is_ahead_goes_on_from_its_own_step_and_uploads_it(tmp_path):

@@ -21,6 +21,7 @@ from rl.run_folder.ledger import Ledger, read_ledger
 from rl.run_folder.mirror import Staging, run_path
 from rl.run_folder.remote_steps import MARKER, local_source, read_markers
 from tests.helpers.places import REWARDS, ROOT
+from tests.run_folder.test_mirror import check_journal_moves
 from tests.whole_runs.test_resume import RECIPE, STEPS, assert_same_run, start, wait_for_lines
 
 NEEDED = ("gcsfs", "s3fs", "moto", "flask", "gcp_storage_emulator")
@@ -109,6 +110,10 @@ def test_a_start_that_uploads_nothing_leaves_nothing(url, tmp_path):
         Staging(store, tmp_path / "b", 1).open()
     staging.close()
     assert store.stats() == {}
+
+
+def test_the_journal_of_a_run_that_left_a_step_is_there_on_another_machine(url, tmp_path):
+    check_journal_moves(open_store(url), tmp_path)
 
 
 def test_a_ledger_that_another_process_changed_is_not_replaced(url):

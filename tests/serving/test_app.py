@@ -358,6 +358,7 @@ HOSTILE = [
     ({"json": {"prompt": ["a"] * 11}}, 400, "prompt must be at most 10 here"),
     ({"json": {"prompt": ["a"] * 6, "n": 2}}, 400, "n times the prompts must be at most 10 here"),
     ({"json": {"prompt": ["a"] * 11, "echo": True, "max_tokens": 0, "logprobs": 0}}, 400, "prompt must be at most 10"),
+    ({"json": {"prompt": ["a"] * 6, "echo": True, "logprobs": 0}}, 400, "with echo and logprobs, must be at most 10"),
     ({"json": {"prompt": "a", "temperature": 1e-30}}, 400, "temperature must be"),
     ({"json": {"prompt": "a", "temperature": "1"}}, 400, "temperature must be"),
     ({"json": {"prompt": "a", "top_p": 0}}, 400, "top_p must be"),
