@@ -1,5 +1,7 @@
 import math
 import random
+import subprocess
+import sys
 
 import pytest
 
@@ -7,6 +9,7 @@ from rl.run.metrics import MetricsWriter
 from rl.tools.report.read import Run, read_runs
 from rl.tools.report.report import main
 from rl.tools.report.summary import format_table, smooth, summarize
+from tests.helpers.places import ROOT
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
@@ -52,6 +55,14 @@ def test_report_writes_a_page_into_the_run_folder_or_a_picture_where_told_and_pr
     output = capsys.readouterr().out
     assert f"curves: {picture}" in output
     assert "held-out accuracy, after   85.0% (step 60)" in output
+
+
+def test_a_page_is_written_without_jax(tmp_path):
+    write_run(tmp_path, seed=0, num_steps=1)
+    code = "import sys; from rl.tools.report.report import main; main(sys.argv[1:]); "
+    code += "print([name for name in ('jax', 'matplotlib', 'transformers') if name in sys.modules])"
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    assert subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout.endswith("\n[]\n")
 
 
 def test_summary_tells_what_the_run_did(tmp_path):

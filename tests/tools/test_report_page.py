@@ -2,10 +2,12 @@
 
 import base64
 import gzip
+import itertools
 import json
 import re
 import shutil
 import threading
+import time
 import urllib.error
 import urllib.request
 
@@ -17,7 +19,7 @@ from rl.run.histograms import histogram
 from rl.run.metrics import MetricsWriter
 from rl.tools.report.masking import Mask
 from rl.tools.report.report import main
-from rl.tools.report.watch import create_server
+from rl.tools.report.watch import LiveData, create_server
 
 HOSTILE = "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'>"
 SECRET = "sk-very-secret-7"
@@ -161,6 +163,9 @@ def test_the_data_tell_what_differs_and_when_warnings_came(folder):
         ({"token_ids": ["a"]}, "token_ids must be whole numbers"),
         ({"token_texts": []}, "token_texts must be a text for each token"),
         ({"trained": [1]}, "trained must be a number for each token"),
+        ({"messages": "text"}, "messages must not be str"),
+        ({"prompt": ["text"]}, "prompt must be messages"),
+        ({"logged": {"judge": "text"}}, "logged.judge must be a mapping"),
         ({"per_token": {"kl": {"largest": 1.0, "codes": "!"}}}, "of tokens must be"),
         ({"per_token": {"kl": encode([0.0])}}, "per_token.kl must be a number for each token"),
     ],
@@ -215,13 +220,25 @@ def test_a_live_page_answers_this_machine_alone_and_sends_only_what_is_new(folde
         assert ask(f"/data?version={headers['X-Version']}")[0] == 204
         with MetricsWriter(folder / "first", 99) as writer:
             writer.write({"step": 21, "reward/mean": 1.0})
-        assert (
-            json.loads(gzip.decompress(ask(f"/data?version={headers['X-Version']}")[2]))["runs"][0]["steps"][-1] == 21
-        )
+        while (newer := ask(f"/data?version={headers['X-Version']}"))[0] == 204:
+            time.sleep(0.05)  # it rests ten times as long as it took to pack
+        assert json.loads(gzip.decompress(newer[2]))["runs"][0]["steps"][-1] == 21
         for host in ("evil.example", f"evil.example:{server.server_port}", "127.0.0.1:1"):
             assert ask("/data", host)[0] == 421
         assert ask("/../etc/passwd")[0] == 404
         server.shutdown()
+
+
+def test_a_live_page_takes_a_tenth_of_a_core_at_most(folder):
+    now = itertools.count(step=2.0)  # each look at the clock is two seconds later, so packing takes two
+    data = LiveData([str(folder / "first")], 10, now.__next__)
+    first, _ = data.get()  # from 0 to 2: it rests until 22
+    changes = []
+    for step in range(31, 41):  # asked at 4, 6, ..., 22
+        with MetricsWriter(folder / "first", 99) as writer:
+            writer.write({"step": step})
+        changes.append(data.get()[0] != first)
+    assert changes == [False] * 9 + [True]
 
 
 @pytest.mark.parametrize(

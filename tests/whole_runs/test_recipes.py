@@ -15,6 +15,7 @@ import threading
 import time
 import zlib
 
+import numpy as np
 import pytest
 import yaml
 
@@ -22,6 +23,7 @@ import rl
 from rl import sft_trainer
 from rl.cli import main
 from rl.config.load import load_config
+from rl.files.token_values import decode
 from rl.grpo_trainer import train
 from rl.run.metrics import read_metrics, read_samples
 from rl.tools.passrate import passrate
@@ -70,7 +72,23 @@ def two_steps(recipe, folder, *overrides, knows_answers=True):
     assert not any(map(without_entry, lines))
     assert [line["step"] for line in lines][-2:] == [1, 2]
     assert len(samples) == 8
+    check_tokens(lines, samples)
     return lines, samples
+
+
+def check_tokens(lines, samples):
+    """Every token of a sample has its text; those that the policy drew have values, which agree with the metrics."""
+    most = {line["step"]: line["logprob_difference/max"] for line in lines if line["step"]}
+    for sample in samples:
+        assert len(sample["token_texts"]) == sample["num_tokens"]
+        trained = sample.get("trained", [1] * sample["num_tokens"])
+        values = {name: decode(entry) for name, entry in sample["per_token"].items()}
+        assert len({"logprob", "sampler_logprob"} & values.keys()) == 1  # the second where no update read the sample
+        for name in ("logprob", "sampler_logprob", "difference"):
+            if name in values:
+                assert np.isfinite(values[name]).tolist() == [bool(one) for one in trained]
+        if "difference" in values:
+            assert np.nanmax(np.abs(values["difference"])) <= 1.001 * most[sample["step"]]
 
 
 def rewards_with(recipe, **changes):
@@ -178,7 +196,9 @@ def test_guess_the_number(tmp_path):
     lines = read_metrics(run)
     assert {"eval/turns/mean", "turns/mean", "reward/environment/mean"} <= lines[-1].keys()
     assert lines[-1]["eval/prompts"] == 2
-    assert all(sample["turns"] == len(sample["turn_rewards"]) for sample in read_samples(run))
+    samples = read_samples(run)
+    assert all(sample["turns"] == len(sample["turn_rewards"]) for sample in samples)
+    check_tokens(lines, samples)
 
 
 def test_a_server_of_openenv_plays_the_same_game(tmp_path):

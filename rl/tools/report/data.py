@@ -5,6 +5,7 @@ stay in the codes of `rl.files.token_values`. What may be secret is masked. `pag
 makes of each field.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,11 +19,18 @@ from rl.tools.report.summary import summarize
 
 DIGITS = 6
 _ABOUT = ("meaning", "healthy", "advice")  # of an entry of `rl.run.metric_table`
-# Of a record in samples.jsonl: what the page shows as it is. What it shows of tokens is in `_tokens`.
-_SHOWN = (
-    *("step", "prompt_index", "sample_index", "prompt", "answer", "rewards", "reward", "advantage", "finish_reason"),
-    *("logged", "messages", "unread", "turn_rewards", "turn_advantages", "ended", "failure"),
-)
+# Of a record in samples.jsonl: what the page shows as it is, and its types. What it shows of tokens is in `_tokens`.
+_NUMBER = (int, float)
+_SHOWN: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("step", "prompt_index", "sample_index"), (int,)),
+    "prompt": (str, list),
+    "answer": (object,),
+    **dict.fromkeys(("rewards", "logged"), (dict,)),
+    **dict.fromkeys(("reward", "advantage"), _NUMBER),
+    **dict.fromkeys(("finish_reason", "ended"), (str,)),
+    **dict.fromkeys(("messages", "unread", "turn_rewards", "turn_advantages", "failure"), (list,)),
+}
+_OF_MESSAGES = ("prompt", "messages", "unread")
 
 
 def page_data(runs: Sequence[Run], most_samples: int) -> dict[str, Any]:
@@ -47,7 +55,7 @@ def _run_data(run: Run, most_samples: int) -> dict[str, Any]:
     return {
         "name": run.name,
         "summary": summarize(run),
-        "total": run.config.get("grpo.steps"),
+        "total": run.config.get("grpo.steps" if "reward/mean" in names else "sft.steps"),
         "steps": [row["step"] for row in run.rows],
         "metrics": {name: [_short(row.get(name)) for row in run.rows] for name in names},
         "histograms": _histograms(run.events),
@@ -72,8 +80,13 @@ def _histograms(events: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
     """{name: [[step, pairs], ...]}."""
     found: dict[str, list[Any]] = {}
     for event in events:
-        for name, pairs in event.get("histograms", {}).items():
-            found.setdefault(name, []).append([event["step"], pairs])
+        for name, pairs in dict(event.get("histograms", {})).items():
+            if not (pairs and all(isinstance(number, _NUMBER) for pair in pairs for number in pair)):
+                raise ValueError(
+                    f"events.jsonl, step {event['step']}: the histogram of {name!r} must be pairs of a value and a "
+                    f"count, got {str(pairs)[:80]}; remove the line to go on"
+                )
+            found.setdefault(name, []).append([event["step"], [[_short(value), count] for value, count in pairs]])
     return found
 
 
@@ -112,11 +125,22 @@ class _Vocabulary:
 
 
 def _sample(record: Mapping[str, Any], tokens: _Vocabulary, mask: Mask) -> dict[str, Any]:
-    shown = {name: mask.value(_rounded(record[name])) for name in _SHOWN if record.get(name) is not None}
+    shown: dict[str, Any] = {}
+    for name, types in _SHOWN.items():
+        if (value := record.get(name)) is not None:
+            _check(isinstance(value, types), record, f"{name} must not be {type(value).__name__}")
+            if name in _OF_MESSAGES and isinstance(value, list):
+                _check(all(isinstance(one, dict) for one in value), record, f"{name} must be messages")
+            shown[name] = mask.value(_rounded(value))
+    for name, kept in shown.get("logged", {}).items():
+        _check(isinstance(kept, dict), record, f"logged.{name} must be a mapping")
     if "token_texts" not in record:  # of an older version
         shown["completion"] = mask.text(str(record.get("completion", "")))
     shown |= _tokens(record, tokens, mask)
     if further := record.get("further"):
+        _check(
+            isinstance(further, list) and all(isinstance(own, dict) for own in further), record, "further is no list"
+        )
         shown["further"] = [
             {"prompt": mask.value(own.get("prompt", "")), **_tokens(own, tokens, mask)} for own in further
         ]
@@ -169,8 +193,10 @@ def _rounded(value: Any) -> Any:
 
 
 def _short(value: Any) -> Any:
-    """A float with `DIGITS` digits; anything else as it is."""
+    """A float with `DIGITS` digits, None for one that JSON lacks; anything else as it is."""
     if not isinstance(value, float):
         return value
+    if not math.isfinite(value):
+        return None
     short = float(f"{value:.{DIGITS}g}")
     return int(short) if short.is_integer() and abs(short) < 1e15 else short

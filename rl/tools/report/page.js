@@ -102,7 +102,8 @@ function showCurves() {
   if (!section.querySelector(".controls")) refill(section, curveControls(), el("div", { id: "groups" }));
   byId("groups").replaceChildren(
     ...GROUPS.filter(([title]) => groups.get(title).length).flatMap(([title, , first]) => {
-      const rank = (name) => (repeats(name) ? -1 : first.findIndex((pattern) => pattern.test(name)));
+      const ranks = new Map(groups.get(title).map((name) => [name, repeats(name) ? -1 : first.findIndex((pattern) => pattern.test(name))]));
+      const rank = (name) => ranks.get(name);
       const own = groups.get(title).sort((a, b) => rank(a) - rank(b));
       const grid = (names) => el("div", { class: "grid" }, names.map((name) => chartOf(name).element));
       if (state.metric) return [el("h3", {}, title), grid(own)];
@@ -117,8 +118,8 @@ function showCurves() {
 
 /** Whether a function's rewards are all of the reward, because it is the only one. */
 function repeats(metric) {
-  const rewards = state.runs.map((run) => run.metrics[metric]);
-  return metric !== "reward/mean" && state.runs.every((run, i) => String(run.metrics["reward/mean"]) === String(rewards[i]));
+  if (!/^reward\/.+\/mean$/.test(metric)) return false;
+  return state.runs.every((run) => String(run.metrics["reward/mean"]) === String(run.metrics[metric]));
 }
 
 /** What a metric is, in its own words of docs/metrics.md. */
@@ -241,7 +242,14 @@ function showEnvironment() {
   );
 }
 
+/** Draws everything again, and gives the focus back to a control that was replaced meanwhile. */
 function show() {
+  const { name } = document.activeElement ?? {};
+  draw();
+  if (name && document.activeElement === document.body) document.querySelector(`[name="${CSS.escape(name)}"]`)?.focus();
+}
+
+function draw() {
   const most = Math.max(...state.runs.map((run) => run.steps.length));
   state.window ??= Math.max(1, Math.floor(most / 20));
   showStatus();

@@ -158,7 +158,7 @@ class SampleBrowser {
     this.shown = this.found.slice(0, this.limit);
     this.showList();
     const same = this.chosen && this.shown.find((sample) => this.key_of(sample) === this.key_of(this.chosen));
-    if (same) this.choose(same, false);
+    if (same) this.choose(same, false, same !== this.chosen && this.drawn === this.key_of(same));
     else if (this.shown.length) this.choose(this.shown[0], false);
     else this.detail.replaceChildren(el("p", { class: "hint" }, "No sample is left by these filters."));
   }
@@ -215,8 +215,8 @@ class SampleBrowser {
     this.choose(this.shown[Math.max(0, Math.min(this.shown.length - 1, place))]);
   }
 
-  /** Chooses a sample; scroll: brings its row into view. */
-  choose(sample, scroll = true) {
+  /** Chooses a sample. scroll: brings its row into view. isDrawn: it is shown already, from older data of the run. */
+  choose(sample, scroll = true, isDrawn = false) {
     this.chosen = sample;
     for (const row of this.list.querySelectorAll("[aria-selected=true]")) row.setAttribute("aria-selected", "false");
     const row = byId(`sample-${this.shown.indexOf(sample)}`);
@@ -225,7 +225,7 @@ class SampleBrowser {
       this.list.setAttribute("aria-activedescendant", row.id);
       if (scroll) row.scrollIntoView({ block: "nearest" });
     }
-    this.showDetail();
+    if (!isDrawn) this.showDetail();
   }
 
   /** Shows the samples of a step, for instance one with a warning. */
@@ -241,6 +241,7 @@ class SampleBrowser {
 
   showDetail() {
     const { chosen: sample, run } = this;
+    this.drawn = this.key_of(sample);
     const parts = [sample, ...(sample.further ?? [])].map((part) => tokensOf(part, run, sample.advantage));
     const known = parts.filter(Boolean);
     const has = (name) => known.some((part) => part.values[name]?.some((value) => !Number.isNaN(value)));

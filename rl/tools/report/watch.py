@@ -8,9 +8,11 @@ reach the server under a name of its own (DNS rebinding). Nothing is written.
 import hashlib
 import http
 import http.server
+import math
 import os
 import pathlib
 import threading
+import time
 from collections.abc import Callable, Sequence
 from urllib.parse import parse_qs, urlsplit
 
@@ -30,11 +32,20 @@ _HEADERS = {
 }
 
 
-class LiveData:
-    """The packed data of runs, made again when one of their files has changed."""
+_MOST_OF_A_CORE = 0.1  # for packing data, which a run beside it may need more
 
-    def __init__(self, folders: Sequence[str], most_samples: int) -> None:
-        self._folders, self._most_samples = folders, most_samples
+
+class LiveData:
+    """The packed data of runs, made again when one of their files has changed, and a while has passed.
+
+    clock: seconds, from any start.
+    """
+
+    def __init__(
+        self, folders: Sequence[str], most_samples: int, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
+        self._folders, self._most_samples, self._clock = folders, most_samples, clock
+        self._rests_until = -math.inf
         self._lock = threading.Lock()
         self._stamp: tuple[object, ...] | None = None
         self._version, self._data = "", b""
@@ -43,10 +54,12 @@ class LiveData:
         """(version, gzip of JSON). ValueError where a run cannot be read."""
         with self._lock:
             stamp = tuple(_stamp(pathlib.Path(run) / name) for run in self._folders for name in _FILES)
-            if stamp != self._stamp:
+            start = self._clock()
+            if stamp != self._stamp and start >= self._rests_until:
                 data = packed(page_data(read_runs(self._folders), self._most_samples))
                 self._version, self._data = hashlib.sha256(data).hexdigest()[:16], data
-                self._stamp = stamp
+                self._stamp, end = stamp, self._clock()
+                self._rests_until = end + (end - start) / _MOST_OF_A_CORE
             return self._version, self._data
 
 
