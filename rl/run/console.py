@@ -134,7 +134,8 @@ class Console:
         if not self._is_live and self._notebook is None:
             self._print("  ".join([counter, *fields, f"left {left}"]))
             return
-        tenth = self._total_steps // _KEPT_LINES if self._total_steps >= 2 * _KEPT_LINES else 0
+        is_kept = self._is_live and self._total_steps >= 2 * _KEPT_LINES
+        tenth = self._total_steps // _KEPT_LINES if is_kept else 0
         if (evaluations := format_evaluations(metrics)) or (tenth and step % tenth == 0):
             self.message("  ".join([counter, *fields]))
         if evaluations:

@@ -97,6 +97,12 @@ def test_functions_know_the_moment_and_what_they_log_is_in_metrics_and_samples(r
     assert [sample["logged"] for sample in samples] == [{"told": {"said": s["completion"]}} for s in samples]
     after, _ = evaluate_source(run)
     assert (after.logged["reward/told/global_step"], after.samples[0]["logged"].keys()) == (2, {"told"})
+    # One name for one field, in both files: the gold answer beside the completion, and the weighted sum of rewards.
+    for sample in (*samples, *after.samples):
+        assert int(sample["answer"]) == eval(sample["prompt"].rstrip("="))
+        assert sample["reward"] == pytest.approx(sample["rewards"]["digits"])
+        assert sample["num_tokens"] == len(sample["token_ids"])
+        assert {"prompt_index", "sample_index", "completion", "finish_reason"} <= sample.keys()
 
 
 def test_every_held_out_prompt_counts_once_though_there_are_fewer_slots(evaluated):
