@@ -23,6 +23,9 @@ _PATH_ERRORS = frozenset(
 )
 
 
+_SILENT = ("export", "checkpoint", "lora", "rewards", "report")  # commands that may work for long without a word
+
+
 class Command(NamedTuple):
     """One command: the module whose `main(argv)` runs it, and its text in `--help`."""
 
@@ -415,7 +418,8 @@ def _run(arguments: list[str]) -> int:
         print(_command_help(name))
         return 0
     try:
-        return importlib.import_module(COMMANDS[name].module).main(rest) or 0
+        with _alive(name):
+            return importlib.import_module(COMMANDS[name].module).main(rest) or 0
     except ValueError as error:
         if not raised_by_tandem(error):
             raise
@@ -438,6 +442,15 @@ def _run(arguments: list[str]) -> int:
         return fail(f"code of the run must not exit, got SystemExit: {error} at {place}")
     except KeyboardInterrupt:
         return 130
+
+
+def _alive(name: str) -> contextlib.AbstractContextManager[None]:
+    """A context in which a command that says nothing while it works says from time to time that it goes on."""
+    if name not in _SILENT:
+        return contextlib.nullcontext()
+    from rl.run.heartbeat import heartbeat
+
+    return heartbeat(lambda text: print(text, file=sys.stderr, flush=True), f"grpo {name}")
 
 
 def _overview() -> str:

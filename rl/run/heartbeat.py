@@ -27,7 +27,8 @@ def heartbeat(say: Callable[[str], object], what: str | Callable[[], str], every
         pause = every
         while not is_over.wait(pause):
             seconds = time.monotonic() - start
-            say(f"{what() if callable(what) else what}: {seconds:.0f} s so far")
+            with contextlib.suppress(OSError):  # the reader has left, which the command itself will notice
+                say(f"{what() if callable(what) else what}: {seconds:.0f} s so far")
             pause = every if seconds < LATER - every else LATER / EVERY * every
 
     thread = threading.Thread(target=speak, daemon=True)

@@ -13,7 +13,7 @@ import math
 import numbers
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, Self
 
 from rl.config.load import Config
 from rl.config.sections import to_dict
@@ -61,7 +61,16 @@ class RunLog(Console):
         # Events wait for the first line of this process, so that a start that fails before it leaves no file.
         self._waiting: list[dict[str, Any]] | None = []
         self._path: pathlib.Path | None = None
-        self._first = contextlib.ExitStack()  # what lasts until the first line
+        self._first = contextlib.ExitStack()  # what says that the start goes on, and then the first step
+
+    def __enter__(self) -> Self:
+        self._first.enter_context(self.alive("starting"))  # data, weights, rewards
+        return self
+
+    def close(self) -> None:
+        """See `Console.close`."""
+        self._first.close()
+        super().close()
 
     @contextlib.contextmanager
     def tracking(self, folder: pathlib.Path, kind: str, is_resumed: bool) -> Iterator[None]:
@@ -123,6 +132,7 @@ class RunLog(Console):
                 self.stopwatch = Stopwatch(self._around_phase)
                 self.begin_steps(first_step)
                 self._profile.begin(folder, first_step + 1)
+                self._first.close()
                 with self._first:
                     self._first.enter_context(self.alive("compiling and running the first step"))
                     yield

@@ -134,13 +134,11 @@ def restore_or_start(
         fit, or a user's module breaks the rules of a policy.
     """
     if checkpoints.latest_step is None:
-        with log.alive("reading the weights"):
-            params = pretrained_params(origin, checkpoints.abstract.shardings.params)
-            state, _ = setup_training_state(config, mesh, init_state_fn, params)
+        params = pretrained_params(origin, checkpoints.abstract.shardings.params)
+        state, _ = setup_training_state(config, mesh, init_state_fn, params)
         loop = Progress.start(config)
     else:
-        with log.alive("reading the checkpoint"):
-            state, record = checkpoints.restore(base=frozen_base(config, mesh, init_state_fn, origin))
+        state, record = checkpoints.restore(base=frozen_base(config, mesh, init_state_fn, origin))
         loop = Progress.restored(record, config, num_rows)
         log.resumed(loop.steps_done)
     foreign.check_policy(init_state_fn.policy, state.params, config.model.source)

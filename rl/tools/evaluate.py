@@ -102,8 +102,7 @@ def evaluate_source(
                 "or name sets in eval.sets"
             )
         asked = [*rows, *(row for own in sets.values() for row in own)]
-        with heartbeat(_say, "reading the weights"):
-            trained = load_source(source)
+        trained = load_source(source)
         if hosts.is_first():
             of_model = header(source.run, trained.origin, trained.policy, trained.mesh, is_trained=False)
             of_sets = [f"{len(own)} in {name}" for name, own in sets.items()]

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ from rl.devices.mesh import create_mesh
 from rl.files.stores import check_path, is_remote
 from rl.models.flavours import policy_from_config
 from rl.models.policy import Policy
+from rl.run.heartbeat import heartbeat
 from rl.run_folder.contents import Step, chosen_step
 from rl.run_folder.folder import check_trust, checkpoint_folder, checkpoint_steps, is_run_folder, read_run
 from rl.run_folder.remote_steps import local_source
@@ -193,8 +195,16 @@ def with_step(source: WeightSource, warn: Callable[[str], None]) -> WeightSource
 
 
 def load_source(source: WeightSource) -> TrainedPolicy:
-    """The weights of a `WeightSource`."""
-    return load_start(source.config) if source.run is None else load_checkpoint(source.config, source.run, source.step)
+    """The weights of a `WeightSource`. A line on stderr says from time to time that they are being read."""
+    with heartbeat(_say, "reading the weights"):
+        if source.run is None:
+            return load_start(source.config)
+        return load_checkpoint(source.config, source.run, source.step)
+
+
+def _say(text: str) -> None:
+    if hosts.is_first():
+        print(text, file=sys.stderr, flush=True)
 
 
 def load_start(config: Config) -> TrainedPolicy:

@@ -79,8 +79,7 @@ def sample(arguments: argparse.Namespace, model: str, overrides: Sequence[str]) 
         if not requests:
             return 0
         show_bar = sys.stderr.isatty() and (arguments.output is not None or not sys.stdout.isatty())
-        with heartbeat(_say, "reading the weights"):
-            trained = load_source(source)
+        trained = load_source(source)
         num_done, before = 0, len(file.done) if arguments.output is not None else 0
         advance = stack.enter_context(progress(before, before + len(requests), show_bar))
         if not show_bar:
