@@ -177,6 +177,8 @@ LIES = """
         "metric": Step(metrics={"a": "b"}),
         "no prompt": Step(prompt=[]),
         "both": Step([{"role": "user", "content": "a"}], prompt="b"),
+        "begins and goes on": Step(prompt="b", sequence=0),
+        "sequence": Step(sequence=-1),
         "again": Step(prompt=[{"role": "user", "content": "half \\ud800"}]),
         "long": Step([{"role": "user", "content": "a" * (2 << 20)}]),
         "fine": Step(
@@ -223,6 +225,8 @@ def test_an_answer_that_is_none_costs_its_episode_and_says_what_is_wrong(write, 
         "metric": ("not_a_step", "a metric must be a name and a number"),
         "no prompt": ("not_a_step", "step gave the prompt list [], a prompt must be a text or messages"),
         "both": ("not_a_step", "step gave messages and a prompt, and the policy reads the prompt only"),
+        "begins and goes on": ("not_a_step", "step gave a prompt and a sequence, and a prompt begins another sequence"),
+        "sequence": ("not_a_step", "step gave the sequence int -1, it must be a number from 0"),
         "long": ("not_a_step", "an answer must be at most 1048576 bytes of JSON"),
         "exit": ("exception", "SystemExit: 4"),
     }

@@ -1,5 +1,6 @@
 """What becomes of episodes at their limits, and of those that are lost: a sampler and environments that are made up."""
 
+import dataclasses
 import re
 import types
 from collections.abc import Sequence
@@ -112,6 +113,18 @@ def test_a_turn_that_a_limit_cuts_is_among_the_messages():
     (episode,) = play(Environments(["asked"], "on"), sampling, text_turns(TOKENIZER))
     assert episode.ended == "max_drawn"
     assert [message["content"] for message in episode.messages] == ["C" * 7, "on", "C" * 3]
+
+
+def test_an_environment_that_goes_on_in_a_sequence_that_is_not_there_costs_its_episode():
+    class Elsewhere(Environments):
+        def step(self, episode: int, text: str, tokens: Any = None, expects: Any = None) -> None:
+            super().step(episode, text)
+            self._replies[-1] = dataclasses.replace(self._replies[-1], sequence=episode)
+
+    sampling = SamplingParams(max_completion_length=10)
+    one, other = play(Elsewhere(["asked"] * 2, "on"), sampling, text_turns(TOKENIZER))
+    assert (one.failure, one.ended) == (None, "max_drawn")
+    assert other.failure == ("not_a_step", "step gave the sequence 1, the episode has 1, from 0 on")
 
 
 def test_an_episode_that_is_lost_takes_nothing_from_the_room_of_the_others():
