@@ -16,14 +16,15 @@ from rewards.replies import Result
 from rl.config.load import load_config
 from rl.data.byte_tokenizer import ByteBackend
 from rl.data.prompt_rows import PromptRow
-from rl.data.tokenizer import Tokenizer
-from rl.data.turns import text_turns
+from rl.data.tokenizer import Tokenizer, load_tokenizer
+from rl.data.turns import chat_turns, text_turns
 from rl.rollout.environments import EnvironmentReward
 from rl.rollout.episode import Episode, episode_metrics
 from rl.rollout.episodes import EpisodeLimits, EpisodeSource, LeftStep
 from rl.rollout.journal import Journal, StepJournal, code_digest, weights_mark
 from rl.sampler.contract import Completion, Request
 from rl.sampler.token_draw import SamplingParams
+from tests.helpers.environments import start
 
 TOKENIZER = Tokenizer(ByteBackend())
 SAMPLING = SamplingParams(max_completion_length=40)
@@ -240,6 +241,64 @@ def test_sequences_that_take_turns_go_on_as_if_the_step_had_not_been_cut_short(f
     assert {key: told[key] for key in again.told} == {key: tokens for key, (tokens, _) in again.told.items()}
     expected = [key for key, (_, expects) in again.told.items() if expects is not None]
     assert expected, "an environment that is played again hears what it asked before"
+
+
+AGENT = """
+import asyncio
+import pathlib
+
+import httpx
+
+
+async def run(base_url, row):
+    slow = pathlib.Path(__file__).with_name("slow").read_text()
+
+    async def lead(client, name):
+        messages = [{"role": "user", "content": name}]
+        for _ in range(2):
+            await asyncio.sleep(0.1 * (name == slow))
+            answer = await client.post(f"{base_url}/chat/completions", json={"messages": messages})
+            messages += [answer.json()["choices"][0]["message"], {"role": "user", "content": "on"}]
+
+    async with httpx.AsyncClient(timeout=60) as client:
+        await asyncio.gather(lead(client, "a"), lead(client, "b"))
+    return 0.5
+"""
+TEMPLATE = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}<eos>{% endfor %}a:"
+
+
+@pytest.mark.parametrize("most", [2, 13])
+def test_chats_that_an_agent_leads_at_one_time_go_on_with_the_same_tokens_whichever_is_slow(folder, most):
+    (folder / "agent.py").write_text(AGENT)
+    (folder / "chat.jinja").write_text(TEMPLATE)
+    tokenizer = load_tokenizer("byte", folder / "chat.jinja")
+
+    def make_turns(tools: Sequence[Any]) -> Any:
+        return chat_turns(tokenizer, tokenizer.eos_ids, tools)
+
+    def play_agent(slow: str, journal: StepJournal | None, most: int = 10**6) -> list[Episode]:
+        (folder / "slow").write_text(slow)
+        sampler: Any = types.SimpleNamespace(open=lambda *arguments: Session(most))
+        limits = EpisodeLimits(prompt_tokens=40, turns=20, turn_tokens=7, tokens=200, sequences=2)
+        with start({"game": f"agent:{folder / 'agent.py'}:run"}) as runner:
+            how: dict[str, Any] = {"make_turns": make_turns}
+            source = EpisodeSource(runner, {"game": make_turns([])}, tokenizer, limits, EnvironmentReward(), **how)
+            row = PromptRow([{"role": "user", "content": "?"}], np.zeros(1, np.int32), {}, 0)
+            found = dict(source.draw(sampler, None, [row], 4, SAMPLING, None, [0], 0, 0, journal))
+        return [found[b] for b in range(4)]
+
+    def told(episode: Episode) -> Any:
+        sequences = {tuple(one.prompt_ids): (one.token_ids, one.trained) for one in episode.sequences}
+        return sequences, episode.reward, episode.ended, episode.sequences[0].prompt_ids
+
+    whole = [told(episode) for episode in play_agent("b", None)]
+    assert [len(sequences) for sequences, *_ in whole] == [2] * 4
+    with pytest.raises(StoppedError), Journal(folder) as journal:
+        play_agent("b", journal.step(0, PARAMS), most)
+    with Journal(folder) as journal:
+        step = journal.step(0, PARAMS)
+        assert [told(episode) for episode in play_agent("a", step)] == whole
+        assert (step.num_again, step.num_taken + step.num_continued) == (0, 4)
 
 
 def test_an_environment_that_answers_otherwise_gets_its_episode_drawn_again_and_the_next_start_knows(folder):
