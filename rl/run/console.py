@@ -109,8 +109,8 @@ class Console:
         self._rewards: collections.deque[float] = collections.deque(maxlen=_SPARK_STEPS)
         self._steps_done = 0
         self._phase: tuple[str, float] | None = None  # what goes on, and since when
-        self._printing: int | None = None  # the thread that is printing
-        self._postponed: list[str] = []  # what a signal's handler said amid a print
+        self._thread = threading.local()  # `is_printing`: whether this thread is
+        self._postponed: list[str] = []  # what a signal's handler said amid a print of the main thread
 
     def begin_steps(self, steps_done: int) -> None:
         """The steps begin: on a terminal the display stands from here on."""
@@ -270,7 +270,7 @@ class Console:
         return text.encode(encoding, "backslashreplace").decode(encoding)
 
     def _print(self, text: str, style: str | None = None) -> None:
-        if self._printing == threading.get_ident():  # this is a signal's handler amid a print of the same thread
+        if getattr(self._thread, "is_printing", False):  # this is a signal's handler amid a print of the same thread
             self._postponed.append(text)
             return
         with self._writing():
@@ -279,7 +279,7 @@ class Console:
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
         """A context for a write to the stream, which handles its failure."""
-        outer, self._printing = self._printing, threading.get_ident()
+        self._thread.is_printing = True
         try:
             yield
             while self._postponed:
@@ -295,7 +295,7 @@ class Console:
                     file=sys.stderr,
                 )
         finally:
-            self._printing = outer
+            self._thread.is_printing = False
 
 
 class _NotebookLine:

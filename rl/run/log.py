@@ -218,6 +218,7 @@ class RunLog(Console):
         if self._trackers and self._trackers.names:
             shown = samples if has_table else []
             self._trackers.put(TrackedStep(step, _finite(metrics), values.histograms, shown))
+            self.messages(self._trackers.places())
             self.warnings(self._trackers.problems())
 
     def resumed(self, step: int) -> None:

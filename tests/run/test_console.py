@@ -11,6 +11,7 @@ import struct
 import sys
 import termios
 import threading
+import time
 
 import pytest
 
@@ -313,6 +314,28 @@ def test_what_a_signal_says_amid_a_print_comes_after_it():
         console.message("first")
         console.message("second")
     assert stream.getvalue().splitlines() == ["first", "SIGINT", "second"]
+
+
+def test_threads_that_print_at_one_time_lose_nothing_and_keep_lines_whole():
+    class Slow(io.StringIO):
+        def write(self, text):
+            time.sleep(1e-5)  # lets another thread come in
+            return super().write(text)
+
+    stream = Slow()
+    texts = [[f"{thread} {i}" for i in range(40)] for thread in range(4)]
+    with Console(10, stream) as console:
+        threads = [threading.Thread(target=lambda own=own: [console.message(text) for text in own]) for own in texts]
+        for thread in threads:
+            thread.start()
+        for i in range(40):
+            console.message(f"main {i}")
+        for thread in threads:
+            thread.join()
+        console.message("last")
+    *lines, last = stream.getvalue().splitlines()
+    assert last == "last"
+    assert sorted(lines) == sorted([*(text for own in texts for text in own), *(f"main {i}" for i in range(40))])
 
 
 GROUP = Group(

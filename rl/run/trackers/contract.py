@@ -55,7 +55,10 @@ class TrackedStep:
 
 
 class Tracker(Protocol):
-    """Takes the steps of one run. All calls come from one thread, which is not the one that trains."""
+    """Takes the steps of one run. All calls come from one thread, which is not the one that trains.
+
+    It may have an attribute `place`: text that says where the run is to be seen, for the console.
+    """
 
     def log(self, step: TrackedStep) -> None:
         """Takes a step. An error costs this step, and is warned about once."""

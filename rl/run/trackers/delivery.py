@@ -35,6 +35,7 @@ class Delivery:
         self.label, self._make, self._num_waiting = label, make, num_waiting
         self._queue: queue.SimpleQueue[_Item] = queue.SimpleQueue()
         self._problems: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._places: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._tracker: Tracker | None = None
         self._num_refused = self._num_failed = 0  # the first by the run's thread alone, the second by the own one
         self._is_failed = self._is_left = False
@@ -61,10 +62,11 @@ class Delivery:
 
     def problems(self) -> list[str]:
         """What went wrong since the last call, each kind of it once in a run."""
-        found = []
-        while not self._problems.empty():
-            found.append(self._problems.get())
-        return found
+        return _taken(self._problems)
+
+    def places(self) -> list[str]:
+        """Where the tracker keeps the run, if that was not told yet."""
+        return [f"tracker {self.label}: {place}" for place in _taken(self._places)]
 
     def end(self, is_failed: bool) -> None:
         """Tells the tracker that no step will follow; returns at once. is_failed: whether the run ended in an error."""
@@ -107,6 +109,8 @@ class Delivery:
     def _try_to_make(self) -> None:
         try:
             self._tracker = self._make()
+            if (place := getattr(self._tracker, "place", None)) is not None:
+                self._places.put(str(place))
         except USER_ERRORS as error:
             if not self.made.is_set():
                 self.first_error = error
@@ -117,6 +121,13 @@ class Delivery:
         if kind not in self._said:
             self._said.add(kind)
             self._problems.put(f"tracker {self.label}: {problem}; metrics.jsonl has every step")
+
+
+def _taken(texts: "queue.SimpleQueue[str]") -> list[str]:
+    found = []
+    while not texts.empty():
+        found.append(texts.get())
+    return found
 
 
 def described(error: BaseException) -> str:

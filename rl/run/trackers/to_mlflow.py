@@ -65,7 +65,7 @@ def make(
         all_tags = {**(tags or {}), TAG: run.id, "tandem.kind": run.kind, "mlflow.source.name": "grpo"}
         run_id = client.create_run(experiment_id, tags=all_tags, run_name=name or run.name).info.run_id
         _log_config(client, run_id, run.config)
-    return _MLflow(client, run_id)
+    return _MLflow(client, run_id, f"run {run_id} of experiment {experiment}")
 
 
 def _log_config(client: Any, run_id: str, config: Mapping[str, Any]) -> None:
@@ -81,7 +81,8 @@ def _log_config(client: Any, run_id: str, config: Mapping[str, Any]) -> None:
 
 
 class _MLflow:
-    def __init__(self, client: Any, run_id: str):
+    def __init__(self, client: Any, run_id: str, place: str):
+        self.place = place
         self._client, self._run_id = client, run_id
 
     def log(self, step: TrackedStep) -> None:

@@ -35,6 +35,7 @@ def _library(module: str) -> ModuleType:
 
 class _TensorBoard:
     def __init__(self, run: TrackedRun, folder: str):
+        self.place = folder
         self._writer = _library("summary.writer.event_file_writer").EventFileWriter(folder)
         self._event, self._summary = _library("compat.proto.event_pb2"), _library("compat.proto.summary_pb2")
         self._histogram_pb = _library("plugins.histogram.summary_v2").histogram_pb

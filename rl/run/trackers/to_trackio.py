@@ -55,11 +55,12 @@ def make(
         resume="allow",
         embed=False,
     )
-    return _Trackio(trackio, inner)
+    return _Trackio(trackio, inner, f"run {inner.name} of project {inner.project}")
 
 
 class _Trackio:
-    def __init__(self, trackio: Any, inner: Any):
+    def __init__(self, trackio: Any, inner: Any, place: str):
+        self.place = place
         self._trackio, self._inner = trackio, inner
 
     def log(self, step: TrackedStep) -> None:

@@ -95,6 +95,7 @@ def leave() -> None:
 class _WandB:
     def __init__(self, wandb: Any, inner: Any):
         self._wandb, self._inner = wandb, inner
+        self.place = inner.settings.sync_dir if inner.offline else inner.url
 
     def log(self, step: TrackedStep) -> None:
         row: dict[str, Any] = {"step": step.step, **step.metrics}

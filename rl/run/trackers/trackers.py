@@ -77,6 +77,10 @@ class Trackers:
         """{"trackers/NAME/dropped": the steps so far that did not reach the tracker, since this start of the run}."""
         return {f"trackers/{delivery.label}/dropped": delivery.num_dropped for delivery in self._deliveries}
 
+    def places(self) -> list[str]:
+        """Where trackers keep the run, as far as it is known and was not told yet."""
+        return [place for delivery in self._deliveries for place in delivery.places()]
+
     def problems(self) -> list[str]:
         """What went wrong since the last call."""
         return [problem for delivery in self._deliveries for problem in delivery.problems()]
@@ -99,6 +103,8 @@ class Trackers:
             names = ", ".join(delivery.label for delivery in late)
             say(f"waiting for {names} to take the last steps, at most {seconds:g} s (logging.tracker_wait_seconds)")
         left = [delivery for delivery in late if not delivery.wait(deadline - time.monotonic())]
+        for place in self.places():
+            say(place)
         problems = self.problems()
         for delivery in left:
             delivery.leave()
