@@ -224,10 +224,12 @@ def attend(
         source = context.shared_kv
         if isinstance(source, LayerCache):
             return ops.attention_over_parts(q_BTNH, attention_parts(source, context), scale, softcap), None
-        return ops.attend_tokens(q_BTNH, *source, context, config), None
+        k_BTKH, v_BTKH = source
+        return ops.attend_tokens(q_BTNH, k_BTKH, v_BTKH, context, config), None
+    k_BTKH, v_BTKH = kv_BTKH
     if layer_cache is None:
-        return ops.attend_tokens(q_BTNH, *kv_BTKH, context, config), kv_BTKH if is_read else None
-    layer_cache = append(layer_cache, *kv_BTKH)
+        return ops.attend_tokens(q_BTNH, k_BTKH, v_BTKH, context, config), kv_BTKH if is_read else None
+    layer_cache = append(layer_cache, k_BTKH, v_BTKH)
     return ops.attention_over_parts(q_BTNH, attention_parts(layer_cache, context), scale, softcap), layer_cache
 
 

@@ -635,7 +635,7 @@ def _layer_specs(config: ModelConfig, shape: LayerShape) -> dict[str, Any]:
         if shape.has_keys:
             attention["k_norm"] = _norm_spec(heads[1] * head_dim)
     norms = features.norms
-    layer = {name: _norm_spec(hidden) for name in norms[:1] if name}
+    layer: dict[str, Any] = {name: _norm_spec(hidden) for name in norms[:1] if name}
     layer["self_attn"] = attention
     layer |= {"post_attention_layernorm": _norm_spec(hidden)}
     layer["mlp"] = {

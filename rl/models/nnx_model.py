@@ -184,8 +184,8 @@ class Block(nnx.Module):
         mixed_BTD = self.mlp(self._norm(names.before_mlp, x_BTD))
         x_BTD = ops.add_residual(x_BTD, self._norm(names.after_mlp, mixed_BTD), config)
         if config.per_layer_input_size:
-            gate_BTP = ops.activation(self.per_layer_input_gate(x_BTD), config.activation)
-            added_BTD = self.per_layer_projection(gate_BTP * context.layer_input_BTP)
+            own_BTP = ops.gate_layer_input(self.per_layer_input_gate(x_BTD), context, config)
+            added_BTD = self.per_layer_projection(own_BTP)
             x_BTD = x_BTD + self.post_per_layer_input_norm(added_BTD)
         if config.features.layer_scalar:
             x_BTD = x_BTD * jax.lax.stop_gradient(self.layer_scalar[...]).astype(x_BTD.dtype)

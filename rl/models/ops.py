@@ -4,6 +4,7 @@ Legend of shape suffixes: B sequences, R rows of a cache part, Q readers of a sh
 S cache positions, V vocab, D model, N query heads, K kv heads, J = N / K query heads per kv head, H head dim, F mlp.
 """
 
+import dataclasses
 import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -438,6 +439,12 @@ def apply_rope(x_BTNH: jax.Array, cos_BTH: jax.Array, sin_BTH: jax.Array, interl
     return rotated.astype(x_BTNH.dtype)
 
 
+def gate_layer_input(gate_BTP: jax.Array, context: LayerContext, config: ModelConfig) -> jax.Array:
+    """The layer's own input [B, T, P] times the activated gate."""
+    assert context.layer_input_BTP is not None
+    return activation(gate_BTP, config.activation) * context.layer_input_BTP
+
+
 def scale_queries(q_BTNH: jax.Array, context: LayerContext) -> jax.Array:
     """Queries times the factors of their positions, where the context has any."""
     factors_BT = context.query_scale_BT
@@ -638,7 +645,7 @@ def layer_context(
 ) -> LayerContext:
     """The context of one layer: that of its type, with its own input where layers have one."""
     context = contexts[config.layer_types[index]]
-    return context if inputs_LBTP is None else context.replace(layer_input_BTP=inputs_LBTP[index])
+    return context if inputs_LBTP is None else dataclasses.replace(context, layer_input_BTP=inputs_LBTP[index])
 
 
 def with_source(config: ModelConfig, index: int, context: LayerContext, read: Mapping[str, Any]) -> LayerContext:
@@ -647,7 +654,7 @@ def with_source(config: ModelConfig, index: int, context: LayerContext, read: Ma
     """
     if config.kv_source(index) is None:
         return context
-    return context.replace(shared_kv=read[config.layer_types[index]])
+    return dataclasses.replace(context, shared_kv=read[config.layer_types[index]])
 
 
 def layer_window(config: ModelConfig, layer_type: str) -> int | None:

@@ -10,6 +10,7 @@ backend (XLA for CPU merges the second forward pass of unrolled layers with the 
 (`is_scanned`). Decoding is not, because stacking would copy the weights for every token.
 """
 
+import dataclasses
 import itertools
 import operator
 from collections.abc import Callable, Mapping, Sequence
@@ -117,7 +118,7 @@ def scan_layers(
         params, layer_type, cache, input_BTP = layer
         # With one type there is no choice, which would keep the masks once for each layer.
         context = contexts[used[0]] if len(used) == 1 else jax.tree.map(lambda x: x[layer_type], stacked_contexts)
-        context = context if input_BTP is None else context.replace(layer_input_BTP=input_BTP)
+        context = context if input_BTP is None else dataclasses.replace(context, layer_input_BTP=input_BTP)
         x_BTD, carried = apply_layer(params, x_BTD, context, cache)
         return x_BTD, carried if cache is None else carried.own
 

@@ -31,7 +31,7 @@ from rl.models.config import (
 )
 from rl.models.files.finite import as_finite, check_finite
 from rl.models.files.folders import new_folder, open_tensors, put_shards, save_tensors, write_json
-from rl.models.files.hf import FLOAT_TYPES, tensor_name
+from rl.models.files.hf import FLOAT_TYPES, fused_part, tensor_name
 from rl.models.lora import Params, split
 from rl.models.ops import dtype_of
 
@@ -74,13 +74,21 @@ def save_adapter(
       tokenizer: written beside the adapter with its chat template, which may not be the base's; None: none is.
 
     Raises:
-      ValueError: the model has no adapters, or the folder exists and is not empty.
+      ValueError: the model has no adapters, an adapted matrix is part of another one in transformers' class, or the
+        folder exists and is not empty.
     """
     lora = config.lora
     if lora is None:
         raise ValueError(
             "an adapter can be written of a model with adapters only, got one whose weights are all trained"
         )
+    for module in adaptable_modules(config):
+        part = fused_part(config, (*module.split("/"), "kernel"))
+        if part is not None and lora.applies_to(module.split("/")):
+            raise ValueError(
+                f"an adapter's matrices must be those of transformers' class to be written, got {module}, which lies "
+                f"in {part.name} in {config.family}; export the merged weights, without --adapter"
+            )
     tensors, modules = {}, []
     for path, _ in flatten_specs(split(config, parameter_specs(config))[0]):
         value: Any = params
