@@ -101,7 +101,9 @@ class Figure {
       );
     }
     for (const step of ticks(firstStep, lastStep, Math.max(2, this.width / 90)).filter(Number.isInteger)) {
-      this.canvas.append(svg("text", { class: "tick", x: x(step), y: HEIGHT - 5, "text-anchor": "middle" }, step));
+      const half = 3 * String(step).length; // of the text's width; one at the edge must not be cut
+      const place = Math.min(x(step), this.width - half - 1);
+      this.canvas.append(svg("text", { class: "tick", x: place, y: HEIGHT - 5, "text-anchor": "middle" }, step));
     }
     this.canvas.append(this.inside);
     return { x, y };

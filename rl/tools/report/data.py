@@ -18,6 +18,7 @@ from rl.tools.report.read import Run
 from rl.tools.report.summary import summarize
 
 DIGITS = 6
+MOST_HISTOGRAMS = 500  # of a name; a drawing has fewer columns
 _ABOUT = ("meaning", "healthy", "advice")  # of an entry of `rl.run.metric_table`
 # Of a record in samples.jsonl: what the page shows as it is, and its types. What it shows of tokens is in `_tokens`.
 _NUMBER = (int, float)
@@ -77,7 +78,7 @@ def _names_of(value: Any) -> list[str]:
 
 
 def _histograms(events: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
-    """{name: [[step, pairs], ...]}."""
+    """{name: [[step, pairs], ...]}, of at most `MOST_HISTOGRAMS` steps: every n-th from the last one back."""
     found: dict[str, list[Any]] = {}
     for event in events:
         for name, pairs in dict(event.get("histograms", {})).items():
@@ -87,7 +88,7 @@ def _histograms(events: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
                     f"count, got {str(pairs)[:80]}; remove the line to go on"
                 )
             found.setdefault(name, []).append([event["step"], [[_short(value), count] for value, count in pairs]])
-    return found
+    return {name: own[::-1][:: math.ceil(len(own) / MOST_HISTOGRAMS)][::-1] for name, own in found.items()}
 
 
 def _kept_steps(samples: Sequence[Mapping[str, Any]], most: int) -> set[int]:
