@@ -220,6 +220,11 @@ def _base() -> dict:
     return _read_yaml(_packaged("base.yml"))
 
 
+def base_text() -> str:
+    """The text of configs/base.yml."""
+    return _packaged("base.yml").read_text()
+
+
 def _packaged(name: str) -> pathlib.Path:
     """A file of configs/, which lies beside `rl` in a checkout and inside it in a wheel."""
     package = pathlib.Path(__file__).parents[1]

@@ -83,7 +83,7 @@ class ModelSection:
 
 @dataclass(frozen=True, config=_STRICT)
 class LoRASection:
-    """Low-rank adapters on a frozen base."""
+    """What is trained in place of the weights."""
 
     rank: int
     alpha: float
@@ -104,7 +104,7 @@ class TokenizerSection:
 
 @dataclass(frozen=True, config=_STRICT)
 class DataSource:
-    """One source of a mixture. What is None here is as in the section."""
+    """One source of a mixture. What is null here is as in the section."""
 
     source: str
     name: str | None = None
@@ -458,7 +458,7 @@ class CheckpointSection:
 
 @dataclass(frozen=True, config=_STRICT)
 class EvalSet:
-    """One set of eval.sets. What is None here is as in the section `data`, or as docs/evaluation.md says."""
+    """One set of eval.sets. What is null here is as in the section `data`, or as docs/evaluation.md says."""
 
     source: str | None = None
     args: dict[str, Any] = dataclasses.field(default_factory=dict)
