@@ -420,12 +420,13 @@ def test_a_run_that_has_its_steps_already_says_so_and_one_that_stopped_how_it_go
         with RunLog(load_config(None, [f"{steps_key}=20"]), steps_key) as log:
             log.resumed(267)
             log.resumed(7)
-            log.saved(20, tmp_path)
-            log.saved(9, tmp_path)
-        nothing_left, resumed, saved = capsys.readouterr().out.splitlines()
+            log.ended(20, tmp_path, "grpo eval RUN")
+            log.ended(9, tmp_path, "grpo eval RUN")
+        nothing_left, resumed, done, saved = capsys.readouterr().out.splitlines()
         rule = f"the run has 267 steps already and {steps_key} is 20: nothing is left to do; raise {steps_key} to go on"
         assert nothing_left.startswith(rule)
         assert resumed == "resumed at step 7 of 20"
+        assert done == f"done: {tmp_path} has all 20 steps; next: grpo eval RUN"
         assert saved == f"saved step 9 of 20 in {tmp_path}; the same command goes on"
 
 
