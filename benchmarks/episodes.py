@@ -7,7 +7,8 @@ two of them. A delay is the time from the end of a turn to its observation; here
 in each round: the same numbers of drawn tokens as completions of one turn (their observations are not read), the
 longest episode alone with its delays, and the observations read as prompts. The bar is 1.2 times the longer of the
 first two. With the third, they say what it would take if drawing were as fast in turns as without, and observations
-were read as fast as prompts.
+were read as fast as prompts. The processor time of the turns over that of drawing in one go says what turns cost on a
+machine that others use as well.
 """
 
 import argparse
@@ -135,6 +136,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
                         )
                     )
         medians = {name: float(np.median([call.seconds for call in own])) for name, own in calls.items()}
+        cpu = {name: float(np.median([call.cpu_seconds for call in own])) for name, own in calls.items()}
         prompt_tokens = sum(len(prompt) - 1 for prompt in prompts)
         observed = int(plan.observations.sum())
         needed = prompt_tokens + observed  # the last token of a turn is read in place of the observation's last one
@@ -142,6 +144,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
             {
                 "delay": delay,
                 "seconds": medians,
+                "cpu_seconds": cpu,
                 "ratio": medians["turns"] / max(medians["plain"], medians["alone"]),
                 "drawn": num_drawn,
                 "read": (prompt_tokens + read + read_again) / needed,
@@ -157,6 +160,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
         "longest alone",
         "reading",
         f"ratio (bar {BAR})",
+        "processor time",
         f"read (bar {READ_BAR})",
     ):
         table.add_column(column)
@@ -168,6 +172,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
             seconds["alone"],
             seconds["reading"],
             result["ratio"],
+            result["cpu_seconds"]["turns"] / result["cpu_seconds"]["plain"],
             result["read"],
         ]
         table.add_row(f"{result['delay']:g} s", *(f"{cell:.2f}" for cell in cells))

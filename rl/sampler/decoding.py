@@ -284,6 +284,7 @@ def generate(
     slots: Slots,
     table: CachePart,
     common: CachePart | None,
+    active: jax.Array | None,
     requests: Requests,
     num_requests: jax.Array,
     key: jax.Array,
@@ -299,6 +300,8 @@ def generate(
       num_readers: Q, the most slots that read one row of the table at a time.
       holds: a slot whose completion ends is held, because what it has drawn is read again in a later turn.
       own, slots: donated.
+      active: [shards, A], the rows of the table that slots and waiting requests read, counted in the shard; a number
+        below -1 where there are fewer. They are copied once, so that no step attends to others. None: all rows.
       requests, num_requests: the waiting requests, and [shards] how many of each shard's W there are.
       cancelled_B: slots whose completions the host has ended, and held slots that are free again.
 
@@ -310,10 +313,14 @@ def generate(
     eos_ids = jnp.asarray(sampling.eos_ids, jnp.int32)
     ended_id = HELD if holds else IDLE
     slots = dataclasses.replace(slots, request_ids=jnp.where(cancelled_B, IDLE, slots.request_ids))
+    if active is None:
+        active = jnp.broadcast_to(jnp.arange(table.num_rows // num_shards), (num_shards, table.num_rows // num_shards))
+    else:
+        table = map_arrays(table, lambda _, array: take_in_shards(array, jnp.maximum(active, 0)))
 
     def reader_maps(slots: Slots) -> SharedRows:
         live = (slots.request_ids >= 0).reshape(shape)
-        return _reader_maps(slots.prefix_rows.reshape(*shape, -1), live, table.num_rows // num_shards, num_readers)
+        return _reader_maps(slots.prefix_rows.reshape(*shape, -1), live, active, num_readers)
 
     maps = reader_maps(slots)
     columns = _empty_columns(policy, sampling, chunk, num_slots)
@@ -491,14 +498,18 @@ def _counted(picked: Requests, cached_B: jax.Array, counts: TokenCounts) -> tupl
     return jax.vmap(count)(tokens_BT, is_before_BT)
 
 
-def _reader_maps(prefix_rows: jax.Array, live: jax.Array, num_rows: int, num_readers: int) -> SharedRows:
-    """Which slots read which rows of the prompt table; `num_rows` of them belong to each shard.
+def _reader_maps(prefix_rows: jax.Array, live: jax.Array, active: jax.Array, num_readers: int) -> SharedRows:
+    """Which slots read which of the active rows of the prompt table.
 
-    prefix_rows: [shards, slots, M]. live: bool [shards, slots]; the others read nothing.
+    prefix_rows: [shards, slots, M]. live: bool [shards, slots]; the others read nothing. active: [shards, P], the
+      numbers of the rows in the order in which they lie.
     """
+    num_rows = active.shape[1]
 
-    def in_shard(rows_BM: jax.Array, live_B: jax.Array) -> SharedRows:
-        reads_BMP = (rows_BM[..., None] == jnp.arange(num_rows)) & live_B[:, None, None]
+    def in_shard(rows_BM: jax.Array, live_B: jax.Array, active_P: jax.Array) -> SharedRows:
+        is_row_BMP = rows_BM[..., None] == active_P
+        rows_BM = jnp.argmax(is_row_BMP, axis=2).astype(jnp.int32)
+        reads_BMP = is_row_BMP & live_B[:, None, None]
         earlier_BP = jnp.cumsum(jnp.any(reads_BMP, axis=1), axis=0) - 1  # slots before this one that read the row
         rank_BM = jnp.sum(jnp.where(reads_BMP, earlier_BP[:, None], 0), axis=2)
         places_BM = (rows_BM * num_readers + rank_BM).astype(jnp.int32)
@@ -510,7 +521,7 @@ def _reader_maps(prefix_rows: jax.Array, live: jax.Array, num_rows: int, num_rea
         reads = jnp.any(target_BM[..., None] == jnp.arange(num_rows * num_readers), axis=1)
         return SharedRows(readers, reads=reads)
 
-    return jax.vmap(in_shard)(prefix_rows, live)
+    return jax.vmap(in_shard)(prefix_rows, live, active)
 
 
 def _empty_columns(policy: Policy, sampling: SamplingParams, chunk: int, num_slots: int) -> Columns:

@@ -58,6 +58,7 @@ class Shape:
     num_waiting: waiting requests of a shard.
     num_kept, kept_length: rows of own caches that are kept between turns, and their positions; 0: completions have one
       turn.
+    num_active: rows of the prompt table that a chunk reads; 0: all.
     """
 
     num_slots: int
@@ -71,6 +72,7 @@ class Shape:
     num_waiting: int
     num_kept: int = 0
     kept_length: int = 0
+    num_active: int = 0
 
     @property
     def prefill_length(self) -> int:
@@ -333,9 +335,13 @@ class Engine:
         cancelled_B: np.ndarray,
         few: int,
         chunk: int,
+        active: np.ndarray | None = None,
     ) -> tuple[DecodeState, ChunkReport]:
-        """Draws up to `chunk` tokens for each slot, see `decoding.generate`. The report is on the host."""
-        program = self.programs.get(*self._generate_build(params, state.shape, state.sampling, chunk))
+        """Draws up to `chunk` tokens for each slot, see `decoding.generate`. The report is on the host. active: of
+        `num_active` rows; None: slots and requests read any rows.
+        """
+        shape = state.shape if active is not None else dataclasses.replace(state.shape, num_active=0)
+        program = self.programs.get(*self._generate_build(params, shape, state.sampling, chunk))
         key = hosts.put_key(key, self._everywhere)
         waiting = hosts.put((requests, num_requests), self._rows)
         cancelled, minimum = hosts.put((cancelled_B, np.int32(few)), (self._rows, self._everywhere))
@@ -345,6 +351,7 @@ class Engine:
             state.slots,
             state.table,
             state.common,
+            None if active is None else hosts.put(active, self._rows),
             *waiting,
             key,
             cancelled,
@@ -478,6 +485,7 @@ class Engine:
             self._abstract_slots(shape.num_slots, sampling, shape.rows_per_prompt),
             self._abstract_part(shape.table_rows, shape.table_length),
             self._abstract_part(self.num_shards, shape.common_length) if shape.common_length else None,
+            integers(self.num_shards, shape.num_active // self.num_shards) if shape.num_active else None,
             requests,
             integers(self.num_shards),
             jax.eval_shape(lambda: jax.random.key(0)),
@@ -491,6 +499,7 @@ class Engine:
             slots,
             parts,
             parts if shape.common_length else None,
+            self._rows if shape.num_active else None,
             jax.tree.map(lambda _: self._rows, requests),
             self._rows,
             self._everywhere,

@@ -23,6 +23,8 @@ from rl.sampler.endings import Drawing, find_end
 from rl.sampler.slot_rules import device_rules, rule_arrays
 from rl.sampler.token_draw import SamplingParams
 
+UNUSED = -2  # in place of a row of the prompt table; -1 is a part that a prompt does not have
+
 # Prompts to shards and into rows
 
 
@@ -308,9 +310,29 @@ class Schedule:
         )
 
     def waiting(self) -> tuple[Requests, np.ndarray]:
-        """The next requests of each shard in the device's form, and their number [shards]."""
-        first = [list(itertools.islice(waiting, self._num_waiting)) for waiting in self._waiting]
+        """The next requests of each shard in the device's form, and their number [shards]. Where they have turns, as
+        many as slots are idle: no other becomes idle in a chunk.
+        """
+        first = self._next_waiting()
         return self.arrays(first, self._num_waiting), np.array([len(numbers) for numbers in first], np.int32)
+
+    def _next_waiting(self) -> list[list[int]]:
+        most = (~self.busy_slots()).sum(axis=1) if self._holds else [self._num_waiting] * len(self._waiting)
+        return [list(itertools.islice(waiting, int(n))) for waiting, n in zip(self._waiting, most, strict=True)]
+
+    def active_rows(self, num_rows: int) -> np.ndarray | None:
+        """[shards, num_rows], the rows of the prompt table that are read in the next chunk, counted in the shard;
+        `UNUSED` where there are fewer. None: there are more. Where completions have turns only.
+        """
+        active = np.full((len(self._waiting), num_rows), UNUSED, np.int32)
+        slots = self._slots.reshape(len(self._waiting), -1)
+        for shard, waiting in enumerate(self._next_waiting()):
+            numbers = [*slots[shard][slots[shard] >= 0].tolist(), *waiting]
+            rows = {row for number in numbers for row in self._rows_of[number][1].tolist()}
+            if len(rows) > num_rows:
+                return None
+            active[shard, : len(rows)] = sorted(rows)
+        return active
 
     def arrays(self, numbers: Sequence[Sequence[int]], width: int, are_own: bool = False) -> Requests:
         """Requests, by shard, in the device's form, padded to `width`.

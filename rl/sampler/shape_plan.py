@@ -243,6 +243,10 @@ def turn_shape(
         pieces = min(demand.most_pieces, demand.pieces_of(most + num_kept) + 1)
         return size_at_least(pieces * expected.rows_per_prompt, 4)
 
+    def num_active(most: int, num_kept: int) -> int:
+        rows = size_at_least(demand.prompts_at_once(most) * expected.rows_per_prompt, 4)
+        return _if_fewer(rows, table_rows(most, num_kept))
+
     def shape(most: int, num_kept: int) -> Shape:
         # A prompt of which some requests are missing is cut into fewer and larger pieces than planned. A shard of one
         # piece may get the whole prompt; others have whole prompts anyway.
@@ -259,6 +263,7 @@ def turn_shape(
             num_waiting=2 * most,
             num_kept=num_kept * num_shards,
             kept_length=length,
+            num_active=num_active(most, num_kept) * num_shards,
         )
 
     def peak(most: int, num_kept: int) -> int:
@@ -266,7 +271,7 @@ def turn_shape(
         whole, largest = sum(budget.per_position), max(budget.per_position)
         kept = (most + num_kept) * length + rows_read(most) * (length + max(READ_SIZES))
         prefilled = demand.prefill_rows(most, expected) * expected.rows_per_prompt * expected.table_length
-        read = table_rows(most, num_kept) * expected.table_length
+        read = (table_rows(most, num_kept) + num_active(most, num_kept)) * expected.table_length
         return (kept + read) * whole + max(prefilled * (whole + largest), most * length * largest)
 
     if budget is not None:
@@ -299,12 +304,13 @@ def open_shape(
     lengths = [size.length for size in session_sizes(1, longest)]
     length = max(lengths)
     table_rows = size_at_least((slots + num_kept // num_shards) * expected.rows_per_prompt, 4)
+    num_active = _if_fewer(slots * expected.rows_per_prompt, table_rows)
     prefill_rows = min(OPEN_PREFILL_ROWS, slots)
     if budget is not None:
         whole, largest = sum(budget.per_position), max(budget.per_position)
         prefilled = prefill_rows * expected.rows_per_prompt * expected.table_length
         moved = rows_read(slots) * (length + max(READ_SIZES))
-        cached = (slots + kept) * length + moved + table_rows * expected.table_length
+        cached = (slots + kept) * length + moved + (table_rows + num_active) * expected.table_length
         peak = cached * whole + max(prefilled * (whole + largest), slots * length * largest)
         if peak > budget.allowed:
             raise ValueError(
@@ -324,7 +330,13 @@ def open_shape(
         num_waiting=slots,
         num_kept=kept * num_shards,
         kept_length=length,
+        num_active=num_active * num_shards,
     )
+
+
+def _if_fewer(num_active: int, table_rows: int) -> int:
+    """Rows of the prompt table that are copied for a chunk; 0 where it would save less than a quarter of them."""
+    return num_active if num_active <= table_rows * 3 / 4 else 0
 
 
 def rows_read(num_slots: int) -> int:

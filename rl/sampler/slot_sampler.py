@@ -271,6 +271,8 @@ class Sampler:
         for size in sizes:
             shape = first.resized(size.slots * num_shards, size.length, num_shards)
             engine.prepare(params, shape, sampling, chunk)
+            if shape.num_active and shape.num_readers > 1:  # else a slot has a prompt of its own, and reads no more
+                engine.prepare(params, dataclasses.replace(shape, num_active=0), sampling, chunk)
             engine.prepare_turns(params, shape, sampling, moved, read, READ_SIZES)
             for later in later_session_sizes(sizes, size):
                 engine.prepare_resize(shape, sampling, later.slots * num_shards, later.length)

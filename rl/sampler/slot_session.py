@@ -227,8 +227,10 @@ class SlotSession:
             return []
         few = self._move_rows * self._engine.num_shards if self._has_turns else self._few(state)
         cancelled_B = schedule.cancelled()
+        num_active = state.shape.num_active // self._engine.num_shards
+        active = schedule.active_rows(num_active) if num_active else None
         self._state, report = self._engine.generate(
-            self._params, state, waiting, num_waiting, self._key, cancelled_B, few, self._chunk
+            self._params, state, waiting, num_waiting, self._key, cancelled_B, few, self._chunk, active
         )
         assert report.num_steps > 0, "a chunk without a step, though there are requests left"
         self._filled = int(np.max(self._cursors(report), initial=0))
@@ -307,6 +309,7 @@ class SlotSession:
             turns = self._turns[number] = _Turns(self._schedule.shard(number))
         turns.tokens.extend(completion.token_ids.tolist())
         turns.num_cached, turns.state = len(turns.tokens), _OUTSIDE
+        turns.num_turns += 1
         self._num_outside += 1
         turns.waits_since, self._next_wait = self._next_wait, self._next_wait + 1
 
@@ -359,15 +362,15 @@ class SlotSession:
         self._num_outside -= 1
 
     def _go_on(self, state: DecodeState) -> DecodeState:
-        """Gives requests that go on the slots that are idle, in the order in which they became ready.
+        """Gives requests that go on the slots that are idle.
 
         In a call that ends, requests that begin come first, as long as there are kept rows for them: the own caches of
-        those that draw are then about equally long.
+        those that draw are then about equally long, and few prompts are read at a time.
         """
         while True:
             idle = self._num_idle()
             taken = [
-                [ready.popleft() for _ in range(min(len(ready), free, self._move_rows))]
+                self._in_order(ready)[: min(free, self._move_rows)]
                 for ready, free in zip(self._ready, idle, strict=True)
             ]
             if any(taken):
@@ -376,6 +379,14 @@ class SlotSession:
                 state = self._read(state, idle)
             else:
                 return state
+
+    def _in_order(self, queue: collections.deque[int]) -> list[int]:
+        """The requests of a queue in the order in which they go on: as they came; in a call that ends those with fewer
+        turns first, and those of one prompt together.
+        """
+        if self._total is None:
+            return list(queue)
+        return sorted(queue, key=lambda number: (self._turns[number].num_turns, self._schedule.request(number).prompt))
 
     def _num_idle(self) -> list[int]:
         """By shard, the idle slots that requests may have that go on."""
@@ -415,7 +426,8 @@ class SlotSession:
             slots = self._schedule.go_on(at_once, width)
             in_order = np.broadcast_to(np.arange(width, dtype=np.int32), slots.shape)
             state = self._engine.go_on(state, requests, nums_read, slots, self._key, in_order, part)
-        return self._engine.keep_read(state, part, kept) if any(map(len, self._ready)) else state
+        is_kept = any(len(own) > len(direct) for own, direct in zip(group, at_once, strict=True))
+        return self._engine.keep_read(state, part, kept) if is_kept else state
 
     def _read_together(self, shard: int, num_idle: int) -> tuple[list[int], list[int]]:
         """Requests of a shard that are read at a time: the one that has waited longest, and those that take as long or
@@ -427,8 +439,9 @@ class SlotSession:
             return math.ceil(self._turns[number].num_unread / READ_SIZES[-1])
 
         at_once, kept, num_free = [], [], len(self._free_rows[shard])
-        first = num_pieces(self._unread[shard][0]) if self._unread[shard] else 0
-        order = sorted(self._unread[shard], key=lambda number: ((n := num_pieces(number)) > first, abs(n - first)))
+        order = self._in_order(self._unread[shard])[: 2 * self._read_rows]  # of few prompts
+        first = num_pieces(order[0]) if order else 0
+        order.sort(key=lambda number: ((n := num_pieces(number)) > first, abs(n - first)))
         for number in order:
             if len(at_once) + len(kept) == self._read_rows:
                 break
@@ -446,6 +459,7 @@ class SlotSession:
         requests = self._schedule.arrays(taken, width, are_own=True)
         for shard, own in enumerate(taken):
             for i, number in enumerate(own):
+                self._ready[shard].remove(number)
                 turns = self._turns[number]
                 assert turns.row is not None
                 rows[shard, i], nums_cached[shard, i] = turns.row, turns.num_cached
@@ -461,7 +475,7 @@ class _Turns:
 
     tokens: of its completion, with what was put between turns. num_cached: positions of its own cache that are there,
       as its last turn ended or what follows it was read. row: the kept row that holds them. waits_since: counts the
-      turns that ended.
+      turns that ended. num_turns: its own.
     """
 
     shard: int
@@ -470,6 +484,7 @@ class _Turns:
     row: int | None = None
     state: str = ""
     waits_since: int = 0
+    num_turns: int = 0
 
     @property
     def num_unread(self) -> int:

@@ -172,17 +172,24 @@ def test_where_rows_are_given_away_their_tokens_are_read_again_and_nothing_else_
         text = {"decode_text": decode_text, "stop_chunk": 3}
         turns, session = play(make_sampler(slots=8, **text), params, prompts, how, delay=2)
         assert session.num_read_again == 0
-        monkeypatch.setattr(slot_sampler, "turn_shape", lambda *args: dataclasses.replace(plan(*args), num_kept=2))
-        keep, written = slot_sampler.Engine.keep, []
+        fewer = {"num_kept": 2, "num_active": 2}  # of the rows of three prompts
+        monkeypatch.setattr(slot_sampler, "turn_shape", lambda *args: dataclasses.replace(plan(*args), **fewer))
+        keep, generate, written, copied = slot_sampler.Engine.keep, slot_sampler.Engine.generate, [], set()
 
         def noted(engine, state, slots, rows):
             written.extend([row for row in of_shard if row < 2] for of_shard in rows.tolist())
             return keep(engine, state, slots, rows)
 
+        def noted_rows(*arguments):
+            copied.add(arguments[-1] is not None)
+            return generate(*arguments)
+
         monkeypatch.setattr(slot_sampler.Engine, "keep", noted)
+        monkeypatch.setattr(slot_sampler.Engine, "generate", noted_rows)
         few, session = play(make_sampler(slots=7, **text), params, prompts, how, delay=2)
         assert session.num_read_again > 0
         assert all(len({*rows}) == len(rows) for rows in written), "no row is written twice at a time, in any order"
+        assert copied == {True, False}, "with prompts that fit into the rows that a chunk copies, and with more"
         flat = [turn.completion for own in turns for turn in own]
         assert {"stop", "eos"} <= {completion.finish_reason for completion in flat}
         assert min(len(completion.token_ids) for completion in flat) == 3, "the minimum is that of each turn"
