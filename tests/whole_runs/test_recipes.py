@@ -8,6 +8,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -18,20 +19,24 @@ import zlib
 import numpy as np
 import pytest
 import yaml
+from safetensors.numpy import load_file
 
 import rl
+from examples.reward_model import fit_head
 from rl import sft_trainer
 from rl.cli import main
 from rl.config.load import load_config
+from rl.devices.mesh import create_mesh
 from rl.files.token_values import decode
 from rl.grpo_trainer import train
+from rl.rollout.reward_model import RewardModel
 from rl.run.metrics import read_metrics, read_samples
 from rl.tools.passrate import passrate
 from rl.tools.rewards import check
 from tests.helpers.judge_server import says, serving
 from tests.helpers.metric_lines import without_entry
 from tests.helpers.places import FILES, ROOT
-from tests.helpers.reward_model_golden import write_folder
+from tests.helpers.reward_model_golden import save_tokenizer, write_folder
 
 ROWS = FILES / "recipes"
 
@@ -312,6 +317,24 @@ def test_reward_model(tmp_path):
     lines, samples = two_steps("reward_model/grpo.yml", tmp_path / "run", *changes, knows_answers=False)
     assert len({sample["rewards"]["model"] for sample in samples}) > 4
     assert "eval/reward/model/mean" in lines[-1]
+
+
+def test_a_reward_model_of_ones_own_answers(tmp_path, monkeypatch, capsys):
+    model, out = shutil.copytree(FILES / "models/qwen3", tmp_path / "model"), tmp_path / "head"
+    save_tokenizer(model)
+    texts = [f"{word}{'!' * count}" for word in ("ab", "ba", "aab", "bab") for count in range(6)]
+    lines = [{"prompt": "a", "completion": text, "score": text.count("!")} for text in texts]
+    (tmp_path / "scored.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    monkeypatch.setattr("sys.argv", ["fit_head.py", str(model), str(tmp_path / "scored.jsonl"), str(out)])
+    fit_head.main()
+    assert "correlation with the scores of 4 held-out lines: " in capsys.readouterr().out
+    config = load_config(None, ["mesh.num_devices=1"])
+    scores = RewardModel(config, str(out), create_mesh(config.mesh))(["a"] * len(texts), texts)
+    head_D = load_file(out / "model.safetensors")["score.weight"][0]
+    np.testing.assert_allclose(scores, fit_head.hidden_states(str(model), lines) @ head_D, rtol=1e-4, atol=1e-5)
+    assert np.corrcoef(scores, [line["score"] for line in lines])[0, 1] > 0.5
+    with pytest.raises(SystemExit, match="must not exist yet"):
+        fit_head.main()
 
 
 def test_a_mixture_is_measured_and_its_curriculum_knows_every_row(tmp_path):
