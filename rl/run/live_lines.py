@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any, TextIO, cast
@@ -22,6 +23,7 @@ import rich.segment
 import rich.text
 
 _SECONDS_BETWEEN_DRAWINGS = 0.5
+_DRAWINGS_MISSED = 4  # from which on the process is taken to have been stopped
 _NOT_HANDLED = object()
 _LEAST_ROWS = 8  # of a terminal; a lower one shows the first line only
 
@@ -38,6 +40,7 @@ class LiveLines(rich.console.RenderHook):
     def __init__(self, console: rich.console.Console, lines: Callable[[int], Sequence[rich.text.Text]], stream: TextIO):
         self._console, self._lines, self._stream = console, lines, stream
         self._widths: list[int] = []  # columns of each line as it was drawn; empty: nothing stands there
+        self._drawn_at = time.monotonic()
         self._proxied: dict[str, TextIO] = {}
         self._before: Any = _NOT_HANDLED  # what SIGCONT did before
         self._stop = threading.Event()
@@ -57,8 +60,11 @@ class LiveLines(rich.console.RenderHook):
         self._ticker.start()
 
     def _continued(self, number: int, frame: FrameType | None) -> None:
-        """After Ctrl-Z and `fg` the shell's lines stand below: the next drawing comes below them, erasing nothing."""
-        self._widths = []
+        """After Ctrl-Z and `fg` the shell's lines stand below: the next drawing comes below them, erasing nothing. The
+        thread may have drawn there already, for Python calls a handler late.
+        """
+        if time.monotonic() - self._drawn_at > 1.2 * _SECONDS_BETWEEN_DRAWINGS:
+            self._widths = []
         if callable(self._before):
             self._before(number, frame)
 
@@ -87,7 +93,10 @@ class LiveLines(rich.console.RenderHook):
 
     def process_renderables(self, renderables: list[rich.console.ConsoleRenderable]) -> Any:
         """What is printed, between the erasing of the lines and their drawing; rich calls this for each print."""
-        width = max(self._console.width, 2)
+        width, now = max(self._console.width, 2), time.monotonic()
+        if now - self._drawn_at > _DRAWINGS_MISSED * _SECONDS_BETWEEN_DRAWINGS:
+            self._widths = []  # the process was stopped: the shell may have written below
+        self._drawn_at = now
         erase = _control(f"\r{_up(self._rows(width) - 1)}\x1b[0J") if self._widths else _control("\r\x1b[0J")
         lines = list(self._lines(width - 1))[: None if self._console.height >= _LEAST_ROWS else 1]
         for line in lines:

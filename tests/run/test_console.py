@@ -392,15 +392,21 @@ def test_a_stream_that_cannot_take_all_characters_gets_escapes_and_plain_rules()
     assert row.split()[-1] == "\\u4e2d\xe9"
 
 
-def test_a_run_that_was_stopped_and_goes_on_draws_below_what_the_shell_wrote(terminal):
+@pytest.mark.parametrize("is_told", [True, False])
+def test_a_run_that_was_stopped_and_goes_on_draws_below_what_the_shell_wrote(terminal, monkeypatch, is_told):
     pseudo = terminal(100)
     before = signal.getsignal(signal.SIGCONT)
     with Console(10, pseudo.stream) as console:
         console.step_line({**FULL, "step": 1})
         pseudo.stream.write("\n$ fg\n")  # by the shell
-        os.kill(os.getpid(), signal.SIGCONT)
+        monkeypatch.setattr("rl.run.live_lines._SECONDS_BETWEEN_DRAWINGS", 0)  # since the last one, too long a time
+        monkeypatch.setattr("rl.run.live_lines._DRAWINGS_MISSED", 1e9 if is_told else 0)
+        if is_told:
+            os.kill(os.getpid(), signal.SIGCONT)
+        monkeypatch.setattr("rl.run.live_lines._SECONDS_BETWEEN_DRAWINGS", 1e6 if is_told else 0)
         console.step_line({**FULL, "step": 2})
         rows = pseudo.look()
+        monkeypatch.setattr("rl.run.live_lines._SECONDS_BETWEEN_DRAWINGS", 1e6)
     assert [row for row in rows if row.startswith(("step", "$"))] == [rows[0], "$ fg", rows[-3]]
     assert signal.getsignal(signal.SIGCONT) is before
 
