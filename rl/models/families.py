@@ -206,6 +206,16 @@ FAMILIES: dict[str, Family] = {
         activation="gelu_tanh",
         rope_theta=1_000_000.0,
         architecture="Gemma3ForCausalLM",
+        nested_in=(("gemma3", "Gemma3ForConditionalGeneration"),),
+        nested_defaults={
+            "vocab_size": 262_208,
+            "hidden_size": 2304,
+            "intermediate_size": 9216,
+            "num_hidden_layers": 26,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 131_072,
+        },
         reward_architecture="Gemma3TextForSequenceClassification",
         default_pad_id=0,
         config_keys=(

@@ -388,6 +388,7 @@ def test_matrices_that_transformers_fuses_are_read_by_themselves_too(tmp_path):
     [
         ("mistral", {"attention_bias": True}, "attention_bias = True is not supported for mistral"),
         ("phi3", {"resid_pdrop": 0.1}, r"option resid_pdrop = 0\.1 is not supported for phi3"),
+        ("granite4_dense", {"num_local_experts": None}, "num_local_experts must be 0 for granitemoehybrid"),
         ("granite4_dense", {"num_local_experts": 2}, "option num_local_experts = 2 is not supported"),
         ("granite4_dense", {"layer_types": ["attention", "mamba", "attention"]}, "'mamba' is not supported"),
         ("gemma4_dense", {"enable_moe_block": True}, "option enable_moe_block = True is not supported for gemma4_text"),
@@ -408,6 +409,35 @@ def test_an_option_that_is_not_computed_is_refused_by_name(name, changes, messag
     (tmp_path / "config.json").write_text(json.dumps(raw))
     with pytest.raises(ValueError, match=message):
         hf.read_config(tmp_path)
+
+
+def test_files_that_leave_things_out_mean_what_transformers_takes(tmp_path):
+    """What each family's class in transformers 5.12 has where a key is missing or null."""
+
+    def read(name, **changes):
+        raw = json.loads((GOLDEN / name / "config.json").read_text()) | changes
+        (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in raw.items() if v is not ...}))
+        return hf.read_config(tmp_path)
+
+    assert read("mistral", sliding_window=...).sliding_window == 4096
+    assert set(read("mistral", sliding_window=None).layer_types) == {"full_attention"}
+    no_rotary = read("smollm3", no_rope_layers=None, no_rope_layer_interval=2, layer_types=...).layer_types
+    assert [name.endswith("rotary") for name in no_rotary] == [False, True, False, True, False]
+    windows = read("smollm3", layer_types=..., use_sliding_window=True, sliding_window=4).layer_types
+    assert [name.startswith("sliding") for name in windows] == [False, False, False, True, False]
+    assert read("ministral3", rope_parameters=...).rope_scaling.query_scale_beta == 0.1
+    assert read("gemma4_e", rope_parameters=...).rope_scaling == read("gemma4_e").rope_scaling
+    assert read("olmo3", layer_types=...).layer_types == read("olmo3").layer_types
+    assert read("gemma2", final_logit_softcapping=None).logit_softcap is None
+    assert read("gemma2", final_logit_softcapping=..., layer_types=...).logit_softcap == 30
+    rope = {"rope_theta": 1e4, "rope_type": "default", "partial_rotary_factor": 0.75}
+    assert read("phi3", rope_parameters=rope).rotary_dim == 6
+    assert read("glm4", partial_rotary_factor=..., rope_parameters=...).rotary_dim == 4
+    nope = read("granite4_dense", position_embedding_type=None)
+    assert {name.endswith("rotary") for name in nope.layer_types} == {True}
+    letters = read("exaone4", layer_types=..., sliding_window_pattern="LG").layer_types
+    assert letters == ("sliding_attention", "full_attention_without_rotary") * 2
+    assert read("exaone4", layer_types=..., sliding_window=None).layer_types == ("full_attention",) * 4
 
 
 def test_olmo_3_scales_positions_of_full_layers_only_and_longrope_follows_the_run(tmp_path):

@@ -223,11 +223,10 @@ def parse_config(raw: Mapping[str, Any], special_ids: SpecialIds) -> ModelConfig
     own_heads = features.kv_heads_default and not fields.has("num_key_value_heads")
     head_dim = _size(fields, "head_dim") if fields.has("head_dim") else hidden_size // num_heads
     dtype = _dtype(Fields(raw))
-    vocab_size = _size(fields, "vocab_size")
     mlp_key = "shared_intermediate_size" if fields.has("shared_intermediate_size") else "intermediate_size"
     return ModelConfig(
         family=family,
-        vocab_size=vocab_size,
+        vocab_size=_size(fields, "vocab_size"),
         hidden_size=hidden_size,
         intermediate_size=fields.whole(mlp_key, 1, LARGEST["intermediate_size"]),
         num_layers=num_layers,
@@ -254,7 +253,7 @@ def parse_config(raw: Mapping[str, Any], special_ids: SpecialIds) -> ModelConfig
         remat="none",
         quantization=_quantization(fields),
         **_rope(Fields(raw), fields, family),
-        **_of_features(fields, features, vocab_size),
+        **_of_features(Fields(raw), fields, features),
     )
 
 
@@ -291,13 +290,7 @@ def text_config(raw: Mapping[str, Any]) -> Mapping[str, Any]:
     return text
 
 
-def is_multimodal(folder: pathlib.Path) -> bool:
-    """Whether the config.json of a folder is that of a multimodal model, whose text model alone is read."""
-    path = folder / "config.json"
-    return path.is_file() and isinstance(read_object(path).get("text_config"), Mapping)
-
-
-def _of_features(fields: Fields, features: Family, vocab_size: int) -> dict[str, Any]:
+def _of_features(raw: Fields, fields: Fields, features: Family) -> dict[str, Any]:
     """What few families have, under the names of `ModelConfig`."""
     found: dict[str, Any] = {"attention_multiplier": features.attention_multiplier}
     if features.has_multipliers:
@@ -309,7 +302,7 @@ def _of_features(fields: Fields, features: Family, vocab_size: int) -> dict[str,
     if features.logit_softcap:
         found["logit_softcap"] = fields.number("final_logit_softcapping", 0, _LARGEST_NUMBER, None)
     if features.chooses_rotary_share:
-        found["rotary_share"] = fields.number("partial_rotary_factor", 0, 1)
+        found["rotary_share"] = _rotary_share(raw, fields)
     if features.mixed_layers:
         keys_are_values, per_layer = (
             fields.flag("attention_k_eq_v"),
@@ -418,6 +411,10 @@ def _refuse_unsupported(raw: Mapping[str, Any], fields: Fields, family: str) -> 
                 f"option {key} = {shown(value)} is not supported for {family}; remove it from the file only if it does "
                 "not change what the model computes"
             )
+    if features.may_lack_rotary and fields.whole("num_local_experts", 0, LARGEST["num_layers"], 8):
+        raise ValueError(
+            f"num_local_experts must be 0 for {family}, got none, which means 8: experts are not supported"
+        )
     if fields.number("attention_dropout", 0, 1, 0.0):
         raise ValueError(f"attention_dropout must be 0, got {raw['attention_dropout']!r}: dropout is not supported")
     if fields.flag("use_sliding_window", False) and not features.windows_without_rotary:
@@ -509,6 +506,16 @@ def _granite_types(fields: Fields, num_layers: int) -> tuple[str, ...]:
     return with_rotary((FULL_ATTENTION,) * len(types), [position == "rope"] * len(types))
 
 
+def _rotary_share(raw: Fields, fields: Fields) -> float:
+    """The share of each head that is rotated, which stands in the file, in its rope_parameters, or in both."""
+    places = [raw.section("rope_parameters"), raw.section("rope_scaling"), raw]
+    key = "partial_rotary_factor"
+    shares = {place.number(key, 0, 1) for place in places if place.has(key)}
+    if len(shares) > 1:
+        raise raw.refuse(key, f"that of rope_parameters, of {', '.join(map(str, sorted(shares)))} only one")
+    return shares.pop() if shares else fields.number(key, 0, 1)
+
+
 def _rope(raw: Fields, fields: Fields, family: str) -> dict[str, Any]:
     """Theta and scaling of layers without and with a window, under the names of `ModelConfig`. Newer files have
     rope_parameters, older ones rope_scaling.
@@ -518,6 +525,8 @@ def _rope(raw: Fields, fields: Fields, family: str) -> dict[str, Any]:
     local: tuple[float, RopeScaling] | None = None
     if features.rope_by_type and not newer.values:
         newer = Fields(_GEMMA4_ROPE)
+    if features.scales_query_by_position and not newer.values and not older.values:
+        newer = Fields(_MINISTRAL3_ROPE)
     if newer.values.keys() & {FULL_ATTENTION, SLIDING_ATTENTION}:
         if not features.has_windows:
             raise raw.refuse("rope_parameters", f"one set for all layers for {family}")
@@ -559,6 +568,15 @@ _GEMMA4_ROPE = {
     SLIDING_ATTENTION: {"rope_type": "default", "rope_theta": 10_000.0},
     FULL_ATTENTION: {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1_000_000.0},
 }
+_MINISTRAL3_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 1_000_000.0,
+    "factor": 16.0,
+    "original_max_position_embeddings": 16_384,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "llama_4_scaling_beta": 0.1,
+}
 _YARN_NUMBERS = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
 _ROPE_KEYS: dict[str, tuple[str, ...]] = {
     "default": (),
@@ -590,8 +608,6 @@ def _rope_scaling(parameters: Fields, fields: Fields, family: str) -> RopeScalin
             neutral = (value,)  # Phi-3 says it in any case
         if name not in read and value not in neutral:
             raise ValueError(f"{parameters.prefix}{name} = {shown(value)} is not supported with rope type {kind!r}")
-    if features.chooses_rotary_share and parameters.number("partial_rotary_factor", 0, 1, rotary_share) != rotary_share:
-        raise parameters.refuse("partial_rotary_factor", f"that of the whole file, {rotary_share}")
     scaling: dict[str, Any] = {}
     if features.scales_query_by_position:
         scaling["query_scale_beta"] = parameters.number("llama_4_scaling_beta", 0, _LARGEST_NUMBER, None)
