@@ -128,6 +128,14 @@ class AgentPlayer:
         self._begin(call)
         return call.messages
 
+    def name_of_turn(self) -> str:
+        """Tells the turn that is answered next from all others of the episode, by what was said before it, and not by
+        when it is asked.
+        """
+        told = self._sequences[self._now].told
+        number = sum(_alike(sequence.told, told) for sequence in self._sequences[: self._now])
+        return json.dumps([[same_message(message) for message in told], number], sort_keys=True)
+
     async def step(self, message: Message, tokens: TurnTokens | None = None, expects: str | None = None) -> Step:
         """Answers the call, and waits for the next one or for the agent's end. tokens: what the turn took. expects: as
         in `reset`.

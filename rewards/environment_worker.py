@@ -303,10 +303,9 @@ class _Worker:
     ) -> _Done:
         """Hands a turn to an agent, which runs its tools itself. What cannot be read as a call is text."""
         turn = self._parse(action["content"]) if player.parses else Turn(action["content"], ())
+        name = player.name_of_turn()
         made = [
-            (one, _call_id(episode.seed, episode.num_turns, place))
-            for place, one in enumerate(turn.calls)
-            if one.problem is None
+            (one, _call_id(episode.seed, name, place)) for place, one in enumerate(turn.calls) if one.problem is None
         ]
         if made:
             action |= {"content": turn.content, "tool_calls": _told_calls(made)}
@@ -398,7 +397,7 @@ def _reward(value: Any) -> float | None:
     return reward
 
 
-def _call_id(seed: int, turn: int, place: int) -> str:
+def _call_id(seed: int, turn: int | str, place: int) -> str:
     """Nine letters and digits, as some chat templates want them, which follow from the episode."""
     return hashlib.blake2b(f"{seed} {turn} {place}".encode(), digest_size=8).hexdigest()[:9]
 

@@ -203,8 +203,15 @@ def test_an_agent_asks_runs_its_tools_and_gives_the_reward(runner):
     assert (called.action["content"], call["function"]) == ("let me see", json.loads(CALL[11:-12]))
     assert called.messages == [{"role": "tool", "tool_call_id": call["id"], "content": "3"}]
     assert (called.num_tool_calls, called.num_bad_tool_calls, called.prompt, called.tools) == (1, 0, None, None)
+    again = ask(runner, 0, "step", f"once more {CALL}")
+    assert again.action["tool_calls"][0]["id"] != call["id"]
+    for episode, seed in ((1, 7), (2, 8)):
+        ask(runner, episode, "begin", {"environment": "adds", "question": "1 + 2?"}, seed)
+        (other,) = ask(runner, episode, "step", f"let me see {CALL}").action["tool_calls"]
+        assert (other["id"] == call["id"]) == (seed == 7), "ids follow from the seed and from what was said"
+        ask(runner, episode, "finish", "max_turns")
     bad = ask(runner, 0, "step", "<tool_call>{]</tool_call>")
-    assert (bad.done, bad.reward, bad.num_bad_tool_calls) == (True, 1.7, 1)
+    assert (bad.done, bad.reward, bad.num_bad_tool_calls) == (True, 2.7, 1)
     assert bad.action == {"role": "assistant", "content": "<tool_call>{]</tool_call>"}
     assert ask(runner, 0, "finish", "done").failure is None
 
