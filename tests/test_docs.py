@@ -4,18 +4,31 @@ import argparse
 import ast
 import importlib
 import logging
+import os
 import pathlib
 import re
+import subprocess
+import sys
+import textwrap
 import xml.etree.ElementTree as ElementTree
 
+import jax
+import numpy as np
 import pytest
 import yaml
 
+from rl.algorithms.advantages import compute_advantages
+from rl.algorithms.from_config import loss_config
+from rl.algorithms.loss_types import KL_ESTIMATORS, LOSS_TYPES, Sequences
 from rl.cli import COMMANDS
 from rl.config.load import load_config
 from rl.config.page import PEER_PAGES, base_keys, configuration_page, with_peer_table
 from rl.config.peer_keys import PEER_KEYS
 from rl.config.sections import FREE_FORM, flatten, to_dict
+from rl.data.tokenizer import load_tokenizer
+from rl.sampler.contract import Request
+from rl.sampler.token_draw import SamplingParams
+from rl.sampler.user_source import Drawn
 from rl.tools.api_page import page as api_page
 from tests.helpers.pages import blocks, commands, read, texts
 from tests.helpers.places import ROOT
@@ -206,6 +219,138 @@ def test_the_skeleton_of_a_model_has_the_methods_that_the_page_names():
     assert issubclass(code["Model"], nnx.Module)
     assert {"__call__", "unembed"} <= {*vars(code["Model"])}
     assert code["build"].__code__.co_varnames == ("vocab_size", "rngs")
+
+
+def formulas() -> dict[str, str]:
+    """{name: what stands behind its =} of the formulas on the page on algorithms."""
+    (text,) = re.findall(r"## Formulas\n(.*?)\n## ", read("docs/algorithms.md"), re.DOTALL)
+    rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in text.splitlines()]
+    return {row[0].strip("`| "): row[1].split("`")[1] for row in rows if len(row) >= 2 and row[1].startswith("`")}
+
+
+@pytest.mark.parametrize("name", LOSS_TYPES)
+def test_the_formula_of_a_loss_is_what_is_computed(name):
+    """The term of one token (or one completion) before it is summed, on both sides of every bound."""
+    config = loss_config(load_config(None, [f"grpo.loss_type={name}", "grpo.epsilon_high=0.3"]))
+    random = np.random.default_rng(0)
+    for advantage in (-1.5, 0.7):
+        new, old = -random.uniform(0.05, 3, 24), -random.uniform(0.05, 3, 24)
+        if name in ("vespo", "gmpo", "luspo"):
+            new, old = new[:3], old[:3]
+        mask = np.ones((1, len(new)), bool)
+        level = config.importance_sampling_level
+        log_ratio = new - old
+        ratio = np.exp(log_ratio)[None]
+        sequences = Sequences(
+            *(jax.numpy.asarray(array[None]) for array in (new, old, old, log_ratio)),
+            jax.numpy.asarray(ratio),
+            jax.numpy.full((1, 1), advantage),
+            jax.numpy.asarray(mask),
+            jax.numpy.full((1, 1), float(len(new))),
+            None,
+        )
+        assert level == "token"
+        term = np.asarray(LOSS_TYPES[name].policy_term(sequences, config)[0])
+        names = {
+            "A": advantage,
+            "p": np.exp(new),
+            "mu": np.exp(old),
+            "r": ratio[0],
+            "log_p": new,
+            "low": config.epsilon,
+            "high": config.upper_epsilon,
+            "T": len(new),
+            "tau": config.sapo_temperature_pos if advantage > 0 else config.sapo_temperature_neg,
+            "k": config.vespo_k_pos if advantage >= 0 else config.vespo_k_neg,
+            "lam": config.vespo_lambda_pos if advantage >= 0 else config.vespo_lambda_neg,
+            "clip": np.clip,
+            "min": np.minimum,
+            "max": np.maximum,
+            "exp": np.exp,
+            "log": np.log,
+            "sum": np.sum,
+            "prod": np.prod,
+            "abs": np.abs,
+            "where": np.where,
+            "sign": np.sign,
+            "sigmoid": lambda x: 1 / (1 + np.exp(-x)),
+        }
+        wanted = eval(formulas()[name], names)
+        assert np.broadcast_to(wanted, term.shape) == pytest.approx(term, rel=2e-5, abs=1e-6)
+
+
+def test_the_formulas_of_kl_and_advantages_are_what_is_computed():
+    found = formulas()
+    settings = {
+        "grpo, group": "group",
+        "grpo, batch": "batch",
+        "grpo, none": "none",
+        "rloo": "none",
+        "maxrl": "none",
+        "reinforce++": "batch",
+        "reinforce++_baseline": "batch",
+    }
+    assert found.keys() == {*settings, *LOSS_TYPES, *KL_ESTIMATORS}
+    q = np.linspace(-2, 1, 7)
+    for name, function in KL_ESTIMATORS.items():
+        wanted = eval(found[name], {"ref": np.exp(q), "p": 1.0, "log": np.log})
+        assert wanted == pytest.approx(np.asarray(function(jax.numpy.asarray(q))), rel=1e-5, abs=1e-6)
+    rewards = np.array([[0.0], [1.0], [1.0], [3.0], [2.0], [0.5], [1.5], [0.0]])
+    groups = rewards.reshape(2, 4)
+    spread = {"std": lambda x: np.std(x, ddof=1), "mean": np.mean, "sum": np.sum, "len": len}
+    centred = (groups - groups.mean(axis=1, keepdims=True)).ravel()
+    for name, scale in settings.items():
+        estimator = name.partition(",")[0]
+        got = compute_advantages(rewards, None, 4, scale, "sum_then_normalize", estimator).advantages_B.reshape(2, 4)
+        for group, advantages in zip(groups, got, strict=True):
+            names = {**spread, "R": group, "batch": rewards.ravel(), "centred": centred}
+            assert eval(found[name], names) == pytest.approx(advantages, rel=1e-6)
+
+
+def test_the_server_of_the_page_on_samplers_sends_weights_once_and_asks_for_each_request():
+    sent, asked = [], []
+
+    def ask(url, prompt, limit, temperature, seed):
+        asked.append((url, prompt, limit, temperature, seed))
+        return Drawn([5, 0], [-1.0, -2.0], "eos")
+
+    code: dict = {"send": lambda url, params: sent.append((url, params)), "ask": ask}
+    (text,) = texts("docs/samplers.md", "python")
+    exec(text, code)
+    source = code["make_source"](None, load_tokenizer("byte"), url="http://there")
+    requests = [Request(0, 3, 0, 8), Request(1, 4, 0, 8, continues=(9,))]
+    sampling, key = SamplingParams(8, temperature=0.5), jax.random.key(0)
+    for _ in range(2):
+        drawn = dict(source.stream("weights", [[1, 2], [3]], requests, sampling, key))
+        assert [drawn[place].token_ids for place in range(2)] == [[5, 0], [5, 0]]
+    assert sent == [("http://there", "weights")]
+    assert [each[1:4] for each in asked] == [([1, 2], 8, 0.5), ([3, 9], 7, 0.5)] * 2
+    assert asked[:2] == asked[2:]
+    assert asked[0][4] != asked[1][4]
+    source.release()
+    assert len([*source.stream("new", [[1]], requests[:1], sampling, key)]) == 1
+    assert sent[1:] == [("http://there", "new")]
+    source.close()
+
+
+@pytest.mark.long
+def test_the_block_of_the_page_on_notebooks_runs(tmp_path):
+    """`tests/test_api.py` holds each of its calls in `make test`."""
+    (block,) = texts("docs/notebook.md", "python")
+    small = {
+        '"Qwen/Qwen2.5-0.5B-Instruct"': repr({"arch": {"hidden_size": 32, "num_layers": 1}}),
+        '"eval_size": 200': '"eval_size": 2, "max_prompt_length": 16',
+        'grpo={"steps": 100}': 'grpo={"steps": 1, "prompts_per_step": 2}, sampling={"max_completion_length": 8}',
+    }
+    for was, now in small.items():
+        assert block.count(was) == 1
+        block = block.replace(was, now)
+    rows = "rows = [{'prompt': f'{n}+1=', 'answer': str(n + 1)} for n in range(8)]\n"
+    (tmp_path / "page.py").write_text(f"if __name__ == '__main__':\n{textwrap.indent(rows + block, '    ')}")
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "page.py"], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "my_model" / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize("page", [*DOCS, *OTHERS])

@@ -1,24 +1,17 @@
 """docs/data.md: every block of it is a file that its recipes use, or a recipe whose data loads."""
 
-import re
-
 import yaml
 
 from rl.config.load import load_config
 from rl.data.order import order_of
 from rl.data.prompts import load_prompts
 from rl.data.tokenizer import load_tokenizer
-from tests.helpers.places import ROOT
-
-BLOCK = re.compile(r"^```(\w+) ?(\S*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+from tests.helpers.pages import blocks
 
 
 def test_every_block_of_the_data_page_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    text = (ROOT / "docs" / "data.md").read_text()
-    blocks = BLOCK.findall(text)
-    assert len(blocks) == text.count("```") // 2
-    for kind, name, body in blocks:
+    for kind, name, body in blocks("docs/data.md"):
         if name:
             (tmp_path / name).write_text(body)
         else:

@@ -2,19 +2,16 @@
 tests/rollout/test_agents.py.
 """
 
-import re
-
 from rl.config.load import load_config
 from tests.helpers.environments import ask, hermes, start
-from tests.helpers.places import ROOT
+from tests.helpers.pages import blocks, texts
 
-PAGE = (ROOT / "docs" / "environments.md").read_text()
-BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+PAGE = "docs/environments.md"
 ROW = {"prompt": "Which number?", "number": 25}
 
 
 def test_every_block_of_the_page_on_environments_runs(tmp_path, monkeypatch):
-    code = "\n\n".join(text for language, text in BLOCKS if language == "python" and "verifiers" not in text)
+    code = "\n\n".join(text for text in texts(PAGE, "python") if "verifiers" not in text)
     (tmp_path / "my_game.py").write_text(code)
     monkeypatch.chdir(tmp_path)
     namespace = {}
@@ -39,9 +36,9 @@ def test_every_block_of_the_page_on_environments_runs(tmp_path, monkeypatch):
 
 
 def test_the_recipes_on_the_page_on_environments_are_some(tmp_path):
-    assert {language for language, _ in BLOCKS} == {"python", "yaml"}
+    assert {block.language for block in blocks(PAGE)} == {"python", "yaml"}
     named = set()
-    for recipe in (text for language, text in BLOCKS if language == "yaml"):
+    for recipe in texts(PAGE, "yaml"):
         (tmp_path / "recipe.yml").write_text(recipe)
         rollout = load_config(tmp_path / "recipe.yml").rollout
         named |= {*rollout.environments.values(), *rollout.tools}

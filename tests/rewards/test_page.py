@@ -11,10 +11,9 @@ from rewards.moment import Moment
 from rewards.runner import RewardRunner
 from rl.config.load import load_config
 from tests.helpers.environments import GUESS, ask, start, writer
-from tests.helpers.places import ROOT
+from tests.helpers.pages import blocks, texts
 
-PAGE = (ROOT / "docs" / "rewards.md").read_text()
-BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+PAGE = "docs/rewards.md"
 # Of the completions below: the right answer, a longer one, a wrong one, a polite one.
 COMPLETIONS = ["4", "it is 4", "5", "please 5 or 6"]
 REWARDS = {
@@ -30,7 +29,7 @@ REWARDS = {
 
 
 def test_every_block_of_the_page_on_rewards_runs(tmp_path, monkeypatch):
-    code = "\n\n".join(text for language, text in BLOCKS if language == "python")
+    code = "\n\n".join(texts(PAGE, "python"))
     (tmp_path / "my_rewards.py").write_text(code)
     monkeypatch.chdir(tmp_path)
     functions = re.findall(r"^def (\w+)", code, re.MULTILINE)
@@ -61,8 +60,8 @@ def test_every_block_of_the_page_on_rewards_runs(tmp_path, monkeypatch):
 
 
 def test_the_recipe_on_the_page_on_rewards_is_one(tmp_path):
-    (recipe,) = [text for language, text in BLOCKS if language == "yaml"]
+    (recipe,) = texts(PAGE, "yaml")
     (tmp_path / "recipe.yml").write_text(recipe)
     functions = load_config(tmp_path / "recipe.yml").rewards.functions
     assert {function.function for function in functions} <= {f"my_rewards.py:{name}" for name in REWARDS}
-    assert {language for language, _ in BLOCKS} == {"python", "yaml"}
+    assert {block.language for block in blocks(PAGE)} == {"python", "yaml"}

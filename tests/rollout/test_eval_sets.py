@@ -29,6 +29,7 @@ from rl.run.metrics import read_metrics
 from rl.run_folder.contents import best_step, checkpoint_steps
 from rl.sampler.slot_sampler import Sampler
 from rl.tools.evaluate import evaluate_source
+from tests.helpers.pages import blocks
 from tests.helpers.places import FILES, REWARDS, ROOT
 
 RECIPE = f"""
@@ -372,9 +373,7 @@ def test_humaneval_has_pass_at_1_and_pass_at_10_in_the_sandbox(tmp_path, monkeyp
 def test_every_block_of_the_evaluation_page_is_a_file_that_works(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     text = (ROOT / "docs" / "evaluation.md").read_text()
-    blocks = re.findall(r"^```(\w+) (\S+)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-    assert len(blocks) == text.count("```") // 2
-    for _, name, body in blocks:
+    for _, name, body in blocks("docs/evaluation.md"):
         (tmp_path / name).write_text(body)
     config = load_config("evaluated.yml", ["output_dir=run"])
     train(config, check_only=True)

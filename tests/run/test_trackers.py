@@ -14,6 +14,7 @@ from rl.config.load import load_config
 from rl.config.sections import TRACKER_NAMES, to_dict
 from rl.run.trackers.contract import TrackedRun, TrackedStep, table_of
 from rl.run.trackers.trackers import Trackers
+from tests.helpers.pages import blocks, texts
 from tests.helpers.places import ROOT
 
 ID = "0123456789abcdef" * 2
@@ -196,21 +197,20 @@ def test_a_table_of_samples_has_a_column_for_each_reward():
 
 
 PAGE = (ROOT / "docs" / "trackers.md").read_text()
-BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
 
 
 def test_the_blocks_of_the_page_load_and_its_tracker_writes_what_it_says(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (code,) = [text for kind, text in BLOCKS if kind == "python"]
+    (code,) = texts("docs/trackers.md", "python")
     (tmp_path / "my_tracker.py").write_text(code)
-    recipes = [text for kind, text in BLOCKS if kind == "yaml"]
+    recipes = texts("docs/trackers.md", "yaml")
     for number, text in enumerate(recipes):
         (tmp_path / f"{number}.yml").write_text(text)
         load_config(tmp_path / f"{number}.yml")
     (own,) = [number for number, text in enumerate(recipes) if "my_tracker" in text]
     assert follow(Trackers(load_config(tmp_path / f"{own}.yml")), tmp_path, range(1, 4)) == []
     assert (tmp_path / "curve.csv").read_text() == "1,0.1\n2,0.2\n3,0.3\n"
-    assert {kind for kind, _ in BLOCKS} == {"yaml", "bash", "python"}
+    assert {block.language for block in blocks("docs/trackers.md")} == {"yaml", "bash", "python"}
 
 
 @pytest.mark.parametrize("name", TRACKER_NAMES)

@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import importlib
 import json
-import re
 import threading
 import time
 
@@ -32,7 +31,7 @@ from rl.serving.completions import Texts
 from rl.serving.conversations import Conversations
 from rl.serving.engine import Job
 from rl.serving.server import open_socket
-from tests.helpers.places import ROOT
+from tests.helpers.pages import texts
 from tests.helpers.tiny_models import noisy_params, tiny_config
 
 TEMPLATE = """\
@@ -42,7 +41,7 @@ TEMPLATE = """\
 {%- if add_generation_prompt %}[assistant]{% endif %}"""
 LIMIT, TOP = 24, 3
 # The part of docs/serving.md that serves from inside a program: what is tested here is what it makes.
-BLOCK = re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs" / "serving.md").read_text(), re.MULTILINE | re.DOTALL)[-1]
+BLOCK = texts("docs/serving.md", "python")[-1]
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
 
 

@@ -14,11 +14,10 @@ import httpx
 import pytest
 
 from rl.cli import main
-from tests.helpers.places import ROOT
+from tests.helpers.pages import blocks
 from tests.helpers.serving import SMALL, beside, write_model
 
-PAGE = (ROOT / "docs" / "serving.md").read_text()
-BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+BLOCKS = [(block.language, block.text) for block in blocks("docs/serving.md")]
 BODY = {"model": "policy", "prompt": "ab", "max_tokens": 16, "ignore_eos": True, "seed": 1}
 
 
