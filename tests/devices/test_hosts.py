@@ -70,6 +70,27 @@ mesh: {{data: 2, fsdp: -1, slice_is: process}}
 eval: {{every: 0}}
 checkpoint: {{every: 2, keep: 9}}
 """
+TRACKER = """
+import json, os
+
+class Who:
+    def __init__(self, run):
+        self.path = run.folder / "tracked.jsonl"
+        self.say([os.getpid(), run.id])
+
+    def say(self, what):
+        with self.path.open("a") as file:
+            print(json.dumps(what), file=file)
+
+    def log(self, step):
+        self.say(step.step)
+
+    def close(self, is_failed):
+        pass
+
+def make(run):
+    return Who(run)
+"""
 SLURM = {
     "SLURM_JOB_ID": "17",
     "SLURM_STEP_NODELIST": "node[001-002]",
@@ -85,7 +106,9 @@ def recipe(tmp_path_factory) -> pathlib.Path:
     path = folder / "recipe.yml"
     (folder / "judged").mkdir()
     recipe = RECIPE.replace("FOLDER", str(folder / "judged"))
-    path.write_text(recipe + f"logging: {{compilation_cache: {folder / 'cache'}, samples_per_step: 16}}\n")
+    (folder / "who.py").write_text(TRACKER)
+    logging = f"compilation_cache: {folder / 'cache'}, samples_per_step: 16, trackers: ['{folder / 'who.py'}:make']"
+    path.write_text(recipe + f"logging: {{{logging}}}\n")
     return path
 
 
@@ -168,6 +191,14 @@ def test_two_processes_have_the_curve_of_one(alone, together):
         for name, value in left.items():
             assert right[name] == pytest.approx(value, rel=1e-5, abs=1e-5), (left["step"], name)
     assert all(line["loss"] and line["kl"] for line in one[1:])
+
+
+def test_the_first_of_two_processes_tracks(together):
+    seen = [json.loads(line) for line in (together.folder / "tracked.jsonl").read_text().splitlines()]
+    (_, before), (pid, after) = [entry for entry in seen if isinstance(entry, list)]
+    assert (before, pid) == (after, together.pids[0])
+    steps = [entry for entry in seen if isinstance(entry, int)]
+    assert sorted(set(steps)) == [line["step"] for line in read_metrics(together.folder)]
 
 
 def test_two_processes_draw_and_judge_what_one_does(alone, together):
