@@ -551,7 +551,7 @@ def test_prompts_that_are_too_long_are_dropped_and_reported(finished):
         ("strings", "not_a_number"),
         ("nan", "not_a_number"),
         ("raises", "exception"),
-        ("hangs", "timeout"),
+        ("hangs", "timeouts"),
         ("dies", "crash"),
     ],
 )
