@@ -418,7 +418,7 @@ def _run(arguments: list[str]) -> int:
         print(_command_help(name))
         return 0
     try:
-        with _alive(name):
+        with _alive(name, rest):
             return importlib.import_module(COMMANDS[name].module).main(rest) or 0
     except ValueError as error:
         if not raised_by_tandem(error):
@@ -444,9 +444,9 @@ def _run(arguments: list[str]) -> int:
         return 130
 
 
-def _alive(name: str) -> contextlib.AbstractContextManager[None]:
+def _alive(name: str, arguments: Sequence[str]) -> contextlib.AbstractContextManager[None]:
     """A context in which a command that says nothing while it works says from time to time that it goes on."""
-    if name not in _SILENT:
+    if name not in _SILENT or "--watch" in arguments:  # a server says where it is, and is silent on purpose then
         return contextlib.nullcontext()
     from rl.run.heartbeat import heartbeat
 

@@ -30,7 +30,7 @@ def write_run(folder, num_steps=20, num_samples=4, num_tokens=12, seed=0, lr="1e
     noise = np.random.default_rng(seed)
     folder.mkdir(parents=True)
     (folder / "config.yml").write_text(
-        f"output_dir: {folder}\noptimizer: {{lr: {lr}}}\ngrpo: {{steps: 99}}\nrewards: {{env: [REPORT_KEY]}}\n"
+        f"output_dir: {folder}\noptimizer: {{lr: {lr}}}\ngrpo: {{steps: 99}}\nsft: {{steps: 300}}\nrewards: {{env: [REPORT_KEY]}}\n"
     )
     words = [f" w{k}" for k in range(500)]
     with MetricsWriter(folder, 0) as writer:
@@ -115,6 +115,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
     write_run(folder / "first")
     write_run(folder / "second", seed=1, lr="2e-3")
+    (folder / "second" / "run.json").write_text('{"kind": "sft"}')
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("REPORT_KEY", SECRET)
         assert main([str(folder / "first"), str(folder / "second")]) == 0
@@ -154,6 +155,7 @@ def test_the_data_tell_what_differs_and_when_warnings_came(folder):
     assert first["changed"]["optimizer.lr"] == 1e-6  # the default
     assert [step for step, _ in first["warnings"]] == [7]
     assert first["starts"][0][1]["python"] == "3.12.1"
+    assert (first["total"], second["total"]) == (99, 300)
     assert first["samples_of"] == len(first["samples"]) == 80
 
 
@@ -385,10 +387,10 @@ def test_a_live_page_shows_new_steps_by_itself(browser, folder):
         page.on("pageerror", lambda error: problems.append(str(error)))
         page.goto(f"http://127.0.0.1:{server.server_port}/")
         page.wait_for_selector("#environment table")
-        assert "step 20 of 99" in page.inner_text("#status")
+        assert "step 20 of 300" in page.inner_text("#status")
         with MetricsWriter(folder / "second", 99) as writer:
             writer.write({"step": 21, "reward/mean": 1.0})
-        page.locator("#status", has_text="step 21 of 99").wait_for()
+        page.locator("#status", has_text="step 21 of 300").wait_for()
         assert problems == []
         page.close()
         server.shutdown()

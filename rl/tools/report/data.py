@@ -56,7 +56,7 @@ def _run_data(run: Run, most_samples: int) -> dict[str, Any]:
     return {
         "name": run.name,
         "summary": summarize(run),
-        "total": run.config.get("grpo.steps" if "reward/mean" in names else "sft.steps"),
+        "total": run.config.get(f"{run.kind}.steps"),
         "steps": [row["step"] for row in run.rows],
         "metrics": {name: [_short(row.get(name)) for row in run.rows] for name in names},
         "histograms": _histograms(run.events),

@@ -12,7 +12,7 @@ from typing import Any
 from rl.config.sections import flatten
 from rl.config.yaml_text import read_yaml
 from rl.run.metrics import read_events, read_metrics, read_samples
-from rl.run_folder.contents import CONFIG, SAMPLES
+from rl.run_folder.contents import CONFIG, IDENTITY, SAMPLES, read_json
 from rl.run_folder.remote_steps import local_report
 
 
@@ -23,7 +23,7 @@ class Run:
     Attributes:
       name: what it is called in the report. rows: the lines of metrics.jsonl in order.
       samples, events: the lines of these files. config: {dotted key: value}. All three are empty where a file is
-        missing.
+        missing. kind: "grpo" or "sft", the first where nothing says it.
     """
 
     name: str
@@ -31,6 +31,7 @@ class Run:
     samples: Sequence[Mapping[str, Any]] = ()
     events: Sequence[Mapping[str, Any]] = ()
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    kind: str = "grpo"
 
     def series(self, metric: str) -> tuple[list[int], list[float]]:
         """Steps and values of `metric`, without the lines that lack it or hold null."""
@@ -54,7 +55,9 @@ def read_runs(folders: Sequence[str | os.PathLike], metrics_only: bool = False) 
         rows = read_metrics(place)
         if not rows:
             raise ValueError(f"{folder} must hold at least one step, got an empty metrics.jsonl; run a step first")
-        rest: tuple[Any, ...] = () if metrics_only else (_samples(place), read_events(place), read_config(place))
+        rest: tuple[Any, ...] = ()
+        if not metrics_only:
+            rest = (_samples(place), read_events(place), read_config(place), _kind(place))
         runs.append(Run(name if names.count(name) == 1 else os.fspath(folder), rows, *rest))
     return runs
 
@@ -75,6 +78,10 @@ def read_config(folder: pathlib.Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold a mapping, got {type(values).__name__}")
     return flatten(values)
+
+
+def _kind(folder: pathlib.Path) -> str:
+    return str(read_json(folder / IDENTITY).get("kind", "grpo")) if (folder / IDENTITY).is_file() else "grpo"
 
 
 def _samples(folder: pathlib.Path) -> list[dict[str, Any]]:
