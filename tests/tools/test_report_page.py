@@ -30,7 +30,8 @@ def write_run(folder, num_steps=20, num_samples=4, num_tokens=12, seed=0, lr="1e
     noise = np.random.default_rng(seed)
     folder.mkdir(parents=True)
     (folder / "config.yml").write_text(
-        f"output_dir: {folder}\noptimizer: {{lr: {lr}}}\ngrpo: {{steps: 99}}\nsft: {{steps: 300}}\nrewards: {{env: [REPORT_KEY]}}\n"
+        f"output_dir: {folder}\noptimizer: {{lr: {lr}}}\ngrpo: {{steps: 99}}\nsft: {{steps: 300}}\n"
+        "rewards: {env: [REPORT_KEY]}\n"
     )
     words = [f" w{k}" for k in range(500)]
     with MetricsWriter(folder, 0) as writer:
