@@ -13,6 +13,7 @@ import pytest
 from rl.config.load import load_config
 from rl.grpo_trainer import train
 from rl.run.metrics import read_metrics, read_samples
+from rl.tools.samples.replay_episode import play_again
 from tests.helpers.metric_lines import without_entry
 from tests.helpers.places import ROOT
 from tests.rollout.test_episodes import RECIPE, TEMPLATE
@@ -103,6 +104,10 @@ def test_an_agent_is_trained_by_what_was_drawn_and_another_history_is_a_sequence
             assert runs_of(sequence["trained"]) == [1, 0, 1]
     assert line["episodes/too_many_sequences"] == pytest.approx(1 / 4)
     assert line["turns/max"] == 4
+    picked = by_times["play 3"][0]
+    played = play_again(path, 1, picked["prompt_index"], picked["sample_index"])
+    assert [told["turn"] for told in played.lines if told.get("role") == "assistant"] == [1, 2, 3, 4]
+    assert played.differences == []
     assert line["drawn_difference/max"] <= 1e-4
 
 
