@@ -32,6 +32,7 @@ from rl.models.inputs import Inputs, plain_inputs
 from rl.models.lora import freeze, join, split
 from rl.sampler.slot_sampler import Sampler
 from rl.sampler.token_draw import SamplingParams
+from rl.state.origin import rope_messages
 from tests.helpers.places import FILES, ROOT
 from tests.helpers.tiny_models import noisy_params
 
@@ -451,6 +452,9 @@ def test_olmo_3_scales_positions_of_full_layers_only_and_longrope_follows_the_ru
     phi3 = hf.read_config(GOLDEN / "phi3_longrope_long")
     tables = [ops.rope_frequencies(6, 1e4, phi3.for_length(length).rope_scaling) for length in (32, 33)]
     np.testing.assert_allclose(tables[0] / tables[1], [1.5, 2 / 1.1, 2.5 / 1.2])
+    told = [rope_messages(phi3.for_length(length))[0] for length in (32, 33)]
+    assert "the short table of longrope in the whole run" in told[0]
+    assert told[1].endswith("may have 33 tokens, > 32 (original_max_position_embeddings)")
 
 
 # Kernels
