@@ -93,7 +93,7 @@ def evaluate_source(
         rows = evaluated_rows(data.held_out, config.eval.max_prompts)
         messages: list[str] = []
         sets = load_eval_sets(config, tokenizer, data.held_out, messages, data.train)
-        for problem in filter(None, (changed, tokenizer.template_kwargs_problem(), *messages, _of_rounding(config))):
+        for problem in filter(None, (changed, tokenizer.template_kwargs_problem(), *messages, rounding_note(config))):
             if hosts.is_first():
                 print(f"warning: {problem}", file=sys.stderr)
         if not rows and not sets:
@@ -164,7 +164,7 @@ def _nothing() -> EvalResult:
     return EvalResult(math.nan, (0.0, 1.0), 0, 0, {}, [], 0.0, 0.0, [])
 
 
-def _of_rounding(config: Config) -> str | None:
+def rounding_note(config: Config) -> str | None:
     """A message where the tokens may depend on what is computed beside them."""
     rounded = {
         "model.dtype": config.model.dtype if config.model.dtype == "bfloat16" else None,
@@ -301,10 +301,11 @@ def _against(given: argparse.Namespace, recipe: str | None, overrides: Sequence[
     if not models and (recipe or overrides or given.adapter or given.step or given.against_step):
         raise ValueError("CONFIG, key=value, --adapter and --step are for models, got them with two files of samples")
     check_writable(given.output, "--output")
-    if recipe is None and models:  # both are asked what the first one's own configuration says
+    asked = recipe
+    if recipe is None and models:  # the second model is asked what the first one's own configuration says
         first = pathlib.Path(models[0])
         own = first / "config.yml" if (first / "config.yml").is_file() else first
-        recipe = str(own) if own.suffix in _RECIPES else None
+        asked = str(own) if own.suffix in _RECIPES else None
     with tempfile.TemporaryDirectory(prefix="tandem-eval-") as scratch:
         files, ks, resamples = [], {}, 2000
         for number, (side, step) in enumerate(sides):
@@ -316,7 +317,8 @@ def _against(given: argparse.Namespace, recipe: str | None, overrides: Sequence[
                 named = pathlib.Path(given.output)
                 place = named.with_name(f"{named.stem}.{'ab'[number]}.jsonl")
             adapter = given.adapter if number == 0 else None
-            result, where = evaluate_source(side, overrides, adapter, str(place), given.trust, recipe, step)
+            how = recipe if side == models[0] and number == 0 else asked
+            result, where = evaluate_source(side, overrides, adapter, str(place), given.trust, how, step)
             ks |= {name: own.entry.counted_ks for name, own in result.sets.items()}
             resamples = next((own.scores.resamples for own in result.sets.values()), resamples)
             if hosts.is_first():

@@ -25,10 +25,11 @@ from rl.rollout.eval_statistics import (
     pass_at_k,
     wilson_interval,
 )
+from rl.run.best import Best, follow_best, is_over
 from rl.run.metrics import read_metrics
 from rl.run_folder.contents import best_step, checkpoint_steps
 from rl.sampler.slot_sampler import Sampler
-from rl.tools.evaluate import evaluate_source
+from rl.tools.evaluate import evaluate_source, rounding_note
 from tests.helpers.pages import blocks
 from tests.helpers.places import FILES, REWARDS, ROOT
 
@@ -162,49 +163,48 @@ def test_samples_in_float64_are_the_same_for_any_block_slots_and_devices(run, fl
     assert lines_of(outputs[0]) == lines_of(outputs[1])
 
 
-def test_the_best_checkpoint_stays_beside_the_newest_and_can_be_named(run, tmp_path, capsys):
+def test_the_newest_and_the_best_checkpoint_stay(run):
     values = {line["step"]: line["eval/drawn/reward/digits/mean"] for line in read_metrics(run)}
     best = max((1, 2, 3), key=lambda step: (values[step], -step))
     assert best_step(run) == best
     assert checkpoint_steps(run) == sorted({best, 3})
-    overrides = ["checkpoint.best={metric: eval/drawn/reward/digits/mean, mode: min}"]
-    worst = train(load_config(run / "config.yml", [f"output_dir={tmp_path / 'run'}", *overrides]))
-    lowest = min((1, 2, 3), key=lambda step: (values[step], step))
-    assert (best_step(worst), checkpoint_steps(worst)) == (lowest, sorted({lowest, 3}))
     assert len({values[1], values[2], values[3]}) > 1
-    for path, step in ((run, best), (worst, lowest)):
-        main(["eval", str(path), "--step", "best", "eval.sets={drawn: null, greedy: null}"])
-        assert f"step {step}: accuracy" in capsys.readouterr().out
-    main(["export", str(worst), str(tmp_path / "exported"), "--step", "best"])
-    assert f"exported step {lowest}" in capsys.readouterr().out
 
 
-def test_a_run_stops_when_evaluations_get_no_better_and_a_cut_one_stops_at_the_same_step(run, tmp_path, capsys):
-    # No completion is longer than the first ones, so nothing is ever better.
-    follow = [
-        "checkpoint.best={metric: eval/prompts}",
-        "eval.patience=2",
-        "eval.sets={drawn: null, greedy: null}",
-        "grpo.steps=9",
-    ]
-    whole = train(load_config(run.parent / "recipe.yml", [f"output_dir={tmp_path / 'whole'}", *follow]))
-    said = " ".join(capsys.readouterr().out.split())
-    assert "stopped early after step 3 of 9: eval/prompts was best after step 1, at 5" in said
-    assert "the same command goes on" not in said.split("stopped early")[1].split("A larger")[0]
-    assert (best_step(whole), checkpoint_steps(whole)) == (1, [1, 3])
-    cut = [*follow, f"output_dir={tmp_path / 'cut'}", "checkpoint.every=1"]
-    train(load_config(run.parent / "recipe.yml", [*cut, "grpo.steps=2"]))
-    resumed = train(load_config(run.parent / "recipe.yml", cut))
-    assert checkpoint_steps(resumed) == [1, 3]
+def test_the_best_value_is_followed_up_or_down_by_at_least_min_delta():
+    def followed(values, *overrides):
+        config = load_config(None, ["checkpoint.best.metric=eval/accuracy", "eval.patience=2", *overrides])
+        best = Best()
+        for step, value in enumerate(values):
+            best = follow_best(config, best, step, {"eval/accuracy": value})
+        return best.step, best.num_since, is_over(config, best)
+
+    values = [0.9, 0.2, 0.4, None, 0.4, 0.1]  # the first is before any step, of which there is no checkpoint
+    assert followed(values) == (2, 3, True)
+    assert followed(values, "checkpoint.best.mode=min") == (5, 0, False)
+    assert followed(values[:4], "eval.min_delta=0.3") == (1, 2, True)
+    assert follow_best(load_config(None), Best(), 1, {"eval/accuracy": 1.0}) == Best()
+
+
+def test_a_run_that_got_no_better_stops_also_when_it_was_cut_and_its_best_step_can_be_named(recipe, tmp_path, capsys):
+    # The number of prompts is never better than at first.
+    overrides = ["checkpoint={every: 1, best: {metric: eval/prompts}}", "eval.patience=2", "grpo.steps=9"]
+    overrides += ["eval.sets={drawn: null, greedy: null}", f"output_dir={tmp_path / 'cut'}"]
+    train(load_config(recipe, [*overrides, "grpo.steps=2"]))
     capsys.readouterr()
-    train(load_config(run.parent / "recipe.yml", cut))
-    assert "stopped early after step 3 of 9" in capsys.readouterr().out
-    assert [line["step"] for line in read_metrics(resumed)] == [0, 1, 2, 3]
-    for left, right in zip(read_metrics(whole), read_metrics(resumed), strict=True):
-        assert left["eval/reward/digits/mean"] == right["eval/reward/digits/mean"]
-        assert left.get("loss") == right.get("loss")
-    train(load_config(run.parent / "recipe.yml", [*cut, "eval.patience=3"]))
-    assert checkpoint_steps(resumed) == [1, 4]
+    for _ in range(2):  # the second call says it again
+        path = train(load_config(recipe, overrides))
+        said = " ".join(capsys.readouterr().out.split())
+        assert "stopped early after step 3 of 9: eval/prompts was best after step 1, at 5" in said
+        assert "the same command goes on" not in said
+        assert (best_step(path), checkpoint_steps(path)) == (1, [1, 3])
+    main(["eval", str(path), "--step", "best"])
+    assert "step 1: accuracy" in capsys.readouterr().out
+    main(["export", str(path), str(tmp_path / "exported"), "--step", "best"])
+    assert "exported step 1" in capsys.readouterr().out
+    train(load_config(recipe, [*overrides, "eval.patience=3"]))
+    assert checkpoint_steps(path) == [1, 4]
+    assert [line["step"] for line in read_metrics(path)] == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize(
@@ -233,6 +233,16 @@ def test_what_cannot_be_evaluated_is_refused_before_a_step(recipe, tmp_path, ove
         train(load_config(recipe, [f"output_dir={tmp_path / 'run'}", *overrides]))
     assert message in str(caught.value)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_what_is_rounded_is_said_to_move_ties():
+    rounded = (
+        "with model.dtype bfloat16, sampling.kv_dtype int8, logits that are (nearly) equal may be ordered otherwise"
+    )
+    told = rounding_note(load_config(None, ["model.dtype=bfloat16", "sampling.kv_dtype=int8"]))
+    assert told is not None
+    assert told.startswith(rounded)
+    assert rounding_note(load_config(None, ["model.dtype=float64"])) is None
 
 
 def test_two_models_are_compared_question_by_question_by_models_and_by_files(run, tmp_path, capsys):
@@ -298,6 +308,8 @@ def test_memory_does_not_grow_with_the_rows_of_a_set(run, monkeypatch):
     stream, seen = Sampler.stream, []
 
     def measured(*arguments):
+        if len(seen) == 2:  # when all is compiled, for tracing is slow
+            tracemalloc.start()
         gc.collect()
         seen.append(tracemalloc.get_traced_memory()[0])
         return stream(*arguments)
@@ -307,13 +319,12 @@ def test_memory_does_not_grow_with_the_rows_of_a_set(run, monkeypatch):
     overrides = [f"eval.sets={{drawn: null, greedy: null, sixty: {sixty}}}", "eval.block_size=6"]
     overrides += ["data.source=null", "data.eval_size=0"]
     overrides += ["data.args={operation: null, digits: null}", "checkpoint.best.metric=null"]
-    tracemalloc.start()
     try:
         result, _ = evaluate_source(run, overrides, keep_samples=False)
     finally:
         tracemalloc.stop()
     assert (result.sets["sixty"].scores.num_prompts, len(seen)) == (60, 10)
-    slope = np.polyfit(6 * np.arange(2, 10), seen[2:], 1)[0]
+    slope = np.polyfit(6 * np.arange(3, 10), seen[3:], 1)[0]
     assert slope < 1000, f"{slope:.0f} bytes a row"
 
 
