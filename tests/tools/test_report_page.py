@@ -50,6 +50,7 @@ def write_run(folder, num_steps=20, num_samples=4, num_tokens=12, seed=0, lr="1e
                     "completion_length/max": 20,
                     "seconds/rollout": 0.5,
                     "seconds/train": 0.25,
+                    **{f"seconds/phase_{k}": 0.01 for k in range(6)},
                     "seconds/step": 0.8,
                 }
             )

@@ -280,7 +280,7 @@ class StackChart extends Figure {
   }
 }
 
-/** How a number was distributed in each step: columns are steps, darker cells hold more. rows: [[step, pairs], ...]. */
+/** How a number was distributed in each step: columns are steps, cells of a stronger colour hold more. rows: [[step, pairs], ...]. */
 class HeatChart extends Figure {
   update(rows) {
     this.rows = rows;

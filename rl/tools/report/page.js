@@ -191,7 +191,7 @@ function showHistograms() {
     if (!heats.has(name)) heats.set(name, new HeatChart(name, ""));
     return heats.get(name).element;
   });
-  refill(byId("histograms"), runChoice("histogramsOf"), names.length ? el("p", { class: "hint" }, "The darker a cell, the more completions of the step have this value.") : null, names.length ? el("div", { class: "grid" }, shown) : el("p", { class: "hint" }, "This run recorded no histograms."));
+  refill(byId("histograms"), runChoice("histogramsOf"), names.length ? el("p", { class: "hint" }, "The stronger the colour of a cell, the more completions of the step have this value.") : null, names.length ? el("div", { class: "grid" }, shown) : el("p", { class: "hint" }, "This run recorded no histograms."));
   for (const name of names) heats.get(name).update(run.histograms[name]);
 }
 
