@@ -84,16 +84,20 @@ def local_report(path: str | os.PathLike, metrics_only: bool = False) -> pathlib
     check_path(os.fspath(path), "a run", may_be_remote=True)
     if not is_remote(path):
         return pathlib.Path(path)
-    store = open_store(os.fspath(path))
     place = cache_folder() / "metrics" / short_name(os.fspath(path))
+    copy_of_report(open_store(os.fspath(path)), place, metrics_only)
+    return place
+
+
+def copy_of_report(store: Store, place: pathlib.Path, metrics_only: bool = False) -> None:
+    """The files of `local_report`, downloaded anew into a folder."""
     store.download(METRICS, place / METRICS)
     there = () if metrics_only else store.stats()
-    for name in FILES:
+    for name in set(FILES) - {METRICS}:
         if name in there:
             store.download(name, place / name)
-        elif name != METRICS:
+        else:
             (place / name).unlink(missing_ok=True)  # of an earlier report
-    return place
 
 
 def copy_of_run(store: Store, cache: pathlib.Path, step: Step | None, with_samples: bool = False) -> pathlib.Path:

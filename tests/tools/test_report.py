@@ -6,10 +6,12 @@ import sys
 import pytest
 
 from rl.run.metrics import MetricsWriter
+from rl.run_folder.remote_steps import copy_of_report
 from rl.tools.report.read import Run, read_runs
 from rl.tools.report.report import main
 from rl.tools.report.summary import format_table, smooth, summarize
 from tests.helpers.places import ROOT
+from tests.helpers.remote_stores import clear, memory_store
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
@@ -63,6 +65,19 @@ def test_a_page_is_written_without_jax(tmp_path):
     code += "print([name for name in ('jax', 'matplotlib', 'transformers') if name in sys.modules])"
     command = [sys.executable, "-c", code, str(tmp_path)]
     assert subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout.endswith("\n[]\n")
+
+
+def test_of_a_run_in_a_store_the_files_that_are_there_now_are_read(tmp_path):
+    store, place = memory_store("reported"), tmp_path / "place"
+    store.write("metrics.jsonl", b'{"step": 1, "loss": 0.5}\n')
+    store.write("events.jsonl", b'{"step": 1, "warning": "early"}\n')
+    copy_of_report(store, place)
+    (run,) = read_runs([place])
+    assert ([event["warning"] for event in run.events], run.samples) == (["early"], [])
+    store.remove(["events.jsonl"])
+    copy_of_report(store, place)
+    assert read_runs([place])[0].events == []
+    clear()
 
 
 def test_summary_tells_what_the_run_did(tmp_path):
