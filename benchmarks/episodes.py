@@ -103,6 +103,8 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
 
     results = []
     with console.status("compiling"):
+        in_turns.warm_up_turns(weights.params, arguments.prompts, arguments.samples, sampling, plan.longest)
+        in_turns.engine.programs.wait()
         read_alone()
         play(in_turns, weights.params, prompts, arguments.samples, plan, sampling, 0.0)
         plain()
