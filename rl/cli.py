@@ -147,6 +147,7 @@ COMMANDS = {
             --timeout S      seconds that a request may take; 600 when left out
             --drain S        seconds for what is running when the server is stopped; 30 when left out
             --max-body-bytes N   of a request; 4000000 when left out
+            --record FILE    JSON lines to write, one for each call that was answered
             --trust          take a run folder whose config.yml was edited, or whose code is not shown to be yours
             key=value        overrides with dotted keys: sampling.slots (completions at a time, 16 when null),
                              data.max_prompt_length and sampling.max_completion_length (tokens of each)
