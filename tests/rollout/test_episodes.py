@@ -127,6 +127,11 @@ def start(folder: pathlib.Path, name: str, *overrides: str) -> tuple[list[dict[s
     return lines, read_samples(path)
 
 
+def without_rounding(sample: dict[str, Any]) -> dict[str, Any]:
+    """A sample without the differences between sampler and trainer, which are of the size of rounding."""
+    return {**sample, "per_token": {**sample["per_token"], "difference": None}}
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> pathlib.Path:
     folder = tmp_path_factory.mktemp("episodes")
@@ -565,5 +570,6 @@ def test_a_run_that_is_killed_in_mid_episode_goes_on_as_if_it_had_not_been(folde
     monkeypatch.undo()
     metrics, again = start(folder, "cut short", *game, "pure_nnx=false")
     assert re.search(r"step 2: \d+ whole episodes and \d+ begun ones are from the journal", capsys.readouterr().out)
-    assert again == [sample for sample in samples if sample["step"] < 3]
+    expected = [sample for sample in samples if sample["step"] < 3]
+    assert list(map(without_rounding, again)) == list(map(without_rounding, expected))
     assert metrics[1]["drawn_difference/max"] <= 1e-4
