@@ -23,7 +23,14 @@ _PATH_ERRORS = frozenset(
 )
 
 
-_SILENT = ("export", "checkpoint", "lora", "rewards", "report")  # commands that may work for long without a word
+_SILENT = (
+    "doctor",
+    "export",
+    "checkpoint",
+    "lora",
+    "rewards",
+    "report",
+)  # commands that may work for long without a word
 
 
 class Command(NamedTuple):
@@ -33,6 +40,7 @@ class Command(NamedTuple):
     arguments: str
     summary: str
     details: str
+    needs_arguments: bool = True  # False: without any it works, too
 
 
 COMMANDS = {
@@ -71,6 +79,22 @@ COMMANDS = {
             key=value   overrides with dotted keys, for example sft.steps=300 optimizer.lr=1e-3
 
             The run folder is output_dir. The same command again resumes the run where its last checkpoint left it.""",
+    ),
+    "doctor": Command(
+        module="rl.tools.doctor.doctor",
+        arguments="[CONFIG] [--trust] [key=value ...]",
+        summary="whether a run would start and fit here, and what to change",
+        details="""\
+            CONFIG      a YAML recipe of `grpo train`, or a run folder; without it devices, versions, memory, disk and
+                        optional packages are looked at. With it also tokenizer and chat template, the start, the
+                        reward functions, memory, and one step, in memory: whether sampler and trainer agree
+            --trust     take a run folder whose config.yml was edited, or whose code is not shown to be yours
+            key=value   overrides with dotted keys, for example grpo.group_size=16
+
+            Each line is ok, note, change (the run starts, and would be better otherwise) or wrong, with the key to
+            change. Nothing on disk changes except caches of downloads, of `datasets` and of compiled programs.
+            Exit status 0: a run would start and fit; 1: it would not.""",
+        needs_arguments=False,
     ),
     "eval": Command(
         module="rl.tools.evaluate",
@@ -412,7 +436,7 @@ def _run(arguments: list[str]) -> int:
     name, rest = arguments[0], arguments[1:]
     if name not in COMMANDS:
         return fail(_unknown_command(name))
-    if not rest:
+    if not rest and COMMANDS[name].needs_arguments:
         print(_command_help(name), file=sys.stderr)
         return 2
     if "-h" in rest or "--help" in rest:

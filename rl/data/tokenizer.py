@@ -190,13 +190,7 @@ class Tokenizer:
         """
         if not self._template_kwargs:
             return None
-        try:
-            read = self._process().variables(self.backend.get_chat_template())
-        except UntrustedError as error:
-            raise ValueError(
-                f"{self.template_name} must be a Jinja template, got {error}; set tokenizer.chat_template to another "
-                "Jinja file"
-            ) from error
+        read = self.template_variables()
         unread = [name for name in self._template_kwargs if name not in read]
         if not unread:
             return None
@@ -204,6 +198,36 @@ class Tokenizer:
             f"data.chat_template_kwargs: {self.template_name} never reads {', '.join(unread)}, so what is set there "
             "changes nothing; correct the name or leave it out"
         )
+
+    def template_variables(self) -> set[str]:
+        """The names that the chat template reads.
+
+        Raises:
+          ValueError: the template is no Jinja template.
+        """
+        try:
+            return self._process().variables(self.backend.get_chat_template())
+        except UntrustedError as error:
+            raise ValueError(
+                f"{self.template_name} must be a Jinja template, got {error}; set tokenizer.chat_template to another "
+                "Jinja file"
+            ) from error
+
+    def writes_generation_prompt(self, messages: Messages, answer: str) -> bool:
+        """Whether the answer of the assistant comes right after the rendered messages: because the template writes a
+        generation prompt, or because its answers have no header.
+
+        Raises:
+          ValueError: see `render`.
+        """
+        asking = self.render(messages)
+        try:
+            if self._render(messages, asks=False) != asking:
+                return True
+            answered = self._render([*messages, {"role": "assistant", "content": answer}], asks=False)
+        except UntrustedError:  # it wants a generation prompt, or no answer
+            return True
+        return not answered.startswith(asking) or answered.removeprefix(asking).lstrip().startswith(answer)
 
     def date_problem(self) -> str | None:
         """A message where chats, as the first one showed, hold the date of the day; None otherwise."""

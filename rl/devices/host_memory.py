@@ -9,6 +9,7 @@ import resource
 import sys
 
 _M_ARENA_MAX = -8  # of malloc.h
+_MEMINFO = pathlib.Path("/proc/meminfo")
 _STATUS, _CLEAR_REFS = pathlib.Path("/proc/self/status"), pathlib.Path("/proc/self/clear_refs")
 
 
@@ -34,6 +35,13 @@ def resident_bytes() -> int:
     return _status_bytes("VmRSS")
 
 
+def available_bytes() -> int:
+    """Bytes of RAM that programs could have now (Linux); 0 where that is not known."""
+    with contextlib.suppress(OSError, LookupError, ValueError):
+        return _field_bytes(_MEMINFO, "MemAvailable")
+    return 0
+
+
 def start_peak() -> None:
     """Restarts the count of `peak_bytes`, where the system can (Linux)."""
     return_memory()
@@ -51,5 +59,9 @@ def peak_bytes() -> int:
 
 def _status_bytes(name: str) -> int:
     """The bytes of a field of the status file. LookupError where the field is missing, as VmHWM is under gVisor."""
-    sizes = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines() if ":" in line)
+    return _field_bytes(_STATUS, name)
+
+
+def _field_bytes(path: pathlib.Path, name: str) -> int:
+    sizes = dict(line.split(":", 1) for line in path.read_text().splitlines() if ":" in line)
     return 1024 * int(sizes[name].split()[0])

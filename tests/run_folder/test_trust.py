@@ -393,6 +393,7 @@ COMMANDS = {
     "sample": ["sample", "{run}", "--prompt", "1+1="],
     "replay": ["sample", "--replay", "{run}", "1", "0", "0"],
     "compile": ["compile", "{run}/config.yml", "--devices", "cpu:1"],
+    "doctor": ["doctor", "{run}/config.yml"],
     "rewards check": ["rewards", "check", "{run}/config.yml"],
     "export": ["export", "{run}", "{run}/../out"],
     "bench": ["checkpoint", "bench", "{run}"],

@@ -1,0 +1,1 @@
+"""`grpo doctor`: whether a run would start and fit here, and what to change."""
