@@ -37,7 +37,14 @@ from rl.rollout.groups import minibatches, with_advantages
 from rl.rollout.kept import kept_samples, step_values
 from rl.rollout.reward_model import open_reward_models, weight_bytes
 from rl.rollout.scoring import start_rewards
-from rl.run.announce import announce, warn_about_prompts, warn_about_sampling, what_next
+from rl.run.announce import (
+    announce,
+    tell_of_loss,
+    warn_about_learning_rate,
+    warn_about_prompts,
+    warn_about_sampling,
+    what_next,
+)
 from rl.run.best import end_of, follow_best, is_over
 from rl.run.checks import check_recipe
 from rl.run.checkup import Checkups
@@ -120,6 +127,7 @@ def train(config: Config, check_only: bool = False, trust: bool = False) -> path
         announce(log, config, run, data, origin, policy, mesh, packing)
         warn_about_sampling(log, config, sampling)
         warn_about_prompts(log, config, origin, tokenizer)
+        warn_about_learning_rate(log, config, policy)
         if check_only:  # ends here
             collector.report_rewards(is_new=True)
             log.last_word(run.would_do("grpo train", config.grpo.steps))
@@ -170,6 +178,7 @@ def train(config: Config, check_only: bool = False, trust: bool = False) -> path
             samples = kept_samples(rollout, num_samples, texts, token_values)
             log.step(steps_done, metrics, rollout.num_tokens, samples, step_values(rollout))
             log.warnings([*rollout.problems, *checkup.warnings])
+            tell_of_loss(log, steps_done, metrics["loss"])
             checkups.raise_if_stuck(checkup)  # this step is not saved; its line and its samples show why
             # 6. remember where the loop stands; save where it is due
             progress = Progress(

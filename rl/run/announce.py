@@ -19,6 +19,11 @@ from rl.state.optimizer import updates_per_step
 from rl.state.origin import Origin
 from rl.training.packing import PackingPlan
 
+_FULL_LR, _ADAPTER_LR = (1e-7, 2e-5), (1e-6, 5e-4)  # in which GRPO usually learns
+_LARGE = 100_000_000  # parameters; smaller models take higher rates
+_ADAPTIVE = ("adamw", "adafactor", "lion")  # optimizers whose steps are of the size of the learning rate
+_NEAR_0 = 0.01
+
 
 def warn_about_sampling(console: Console, config: Config, sampling: SamplingParams) -> None:
     """Warns when completions come from another distribution than the policy's, and the loss does not correct for it
@@ -65,6 +70,29 @@ def warn_about_template(console: Console, tokenizer: Tokenizer) -> None:
     """Says which entries of data.chat_template_kwargs change nothing, and whether prompts change from day to day."""
     for problem in filter(None, (tokenizer.template_kwargs_problem(), tokenizer.date_problem())):
         console.warning(problem)
+
+
+def warn_about_learning_rate(console: Console, config: Config, policy: Policy) -> None:
+    """Warns of a learning rate with which runs of this kind hardly learn, or fall apart."""
+    section, num_parameters = config.optimizer, policy.config.num_parameters
+    if section.name not in _ADAPTIVE or (policy.config.lora is None and num_parameters < _LARGE):
+        return
+    kind, (least, most) = ("adapters", _ADAPTER_LR) if policy.config.lora else ("full weights", _FULL_LR)
+    if not least <= section.lr <= most:
+        effect = "the policy hardly moves" if section.lr < least else "the policy may fall apart"
+        console.warning(
+            f"optimizer.lr {section.lr:g} is outside [{least:g}, {most:g}], in which GRPO of {kind} of a model with "
+            f"{_count(num_parameters)} parameters usually learns: {effect}; set optimizer.lr, unless this is meant"
+        )
+
+
+def tell_of_loss(console: Console, steps_done: int, loss: float) -> None:
+    """Says after the first step, once in a run, that a loss near 0 is no fault."""
+    if steps_done == 1 and abs(loss) < _NEAR_0:
+        console.message(
+            "a loss near 0 is expected on-policy: advantages are centred and ratios are 1, so its value is 0 while its "
+            "gradient is not; watch the reward, grad_norm and kl in its place"
+        )
 
 
 def announce(

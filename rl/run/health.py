@@ -20,6 +20,7 @@ from rl.run.hacking import remembered, signs_of_hacking
 _MIN_HISTORY = 10  # steps, before a value can be called unusual
 _NORMAL_SPREAD = 1.4826  # standard deviation of normal numbers / median of their absolute deviations
 _MIN_SPREAD = 0.05  # of the median; otherwise almost equal values would make small steps look large
+_NO_SPREAD = 1e-9  # of rewards, in parts of their mean: what rounding leaves of equal ones
 _MISMATCH = "logprob_difference/mean"
 _MIN_SPREADS = {_MISMATCH: 1e-3}  # nats: with a threshold of 10 a hundredth, far above what float32 rounds
 _WAY_OUT = {
@@ -202,11 +203,7 @@ def _signs(section: HealthSection, metrics: Mapping[str, float]) -> dict[str, st
         metrics.get(name, math.nan) for name in ("zero_variance_share", "entropy", "truncated_share")
     )
     if section.equal_rewards_share is not None and equal >= section.equal_rewards_share:
-        signs["equal_rewards"] = (
-            f"{equal:.0%} of the completions have the same reward as the others of their group, there is little to "
-            "learn from; raise grpo.group_size or sampling.temperature, choose other prompts (data.source), or look at "
-            "rewards.functions"
-        )
+        signs["equal_rewards"] = _equal_rewards(equal, metrics)
     if section.entropy_floor is not None and entropy < section.entropy_floor:
         signs["entropy"] = (
             f"entropy {entropy:.3g} is under health.entropy_floor {section.entropy_floor}: the policy hardly explores; "
@@ -218,6 +215,21 @@ def _signs(section: HealthSection, metrics: Mapping[str, float]) -> dict[str, st
             "set sampling.stop_strings, or leave them out with grpo.mask_truncated"
         )
     return signs
+
+
+def _equal_rewards(share: float, metrics: Mapping[str, float]) -> str:
+    mean = metrics.get("reward/mean", math.nan)
+    if metrics.get("reward/std", math.nan) <= _NO_SPREAD * max(abs(mean), 1.0):
+        return (
+            f"every completion of the step has the same reward, {mean:.4g}, whatever the prompt, there is nothing to "
+            "learn from; look at rewards.functions (`grpo rewards check` tries them), or choose easier or harder "
+            "prompts (data.source)"
+        )
+    return (
+        f"{share:.0%} of the completions have the same reward as the others of their group, there is little to learn "
+        "from; raise grpo.group_size or sampling.temperature, choose other prompts (data.source), or look at "
+        "rewards.functions"
+    )
 
 
 def _is_due(num_steps: int, patience: int) -> bool:

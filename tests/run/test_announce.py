@@ -1,12 +1,15 @@
 """The header of train, sft and eval, signs of life, and the end of a run."""
 
 import threading
+from types import SimpleNamespace
+
+import pytest
 
 from rl.config.load import load_config
 from rl.data.tokenizer import load_tokenizer
 from rl.devices.mesh import create_mesh
 from rl.models.flavours import policy_from_config
-from rl.run.announce import header, what_next
+from rl.run.announce import header, tell_of_loss, warn_about_learning_rate, what_next
 from rl.run.heartbeat import heartbeat
 from rl.state.origin import find_origin
 
@@ -54,3 +57,34 @@ def test_something_that_takes_long_says_so_until_it_is_over():
     with heartbeat(said.append, "nothing"):
         pass
     assert len(said) == count, "what is short says nothing, and what is over says nothing more"
+
+
+@pytest.mark.parametrize(
+    ("num_parameters", "has_adapters", "lr", "is_named"),
+    [
+        (100_000_000, False, 2e-5, False),
+        (100_000_000, False, 3e-5, True),
+        (100_000_000, False, 5e-8, True),
+        (99_000_000, False, 1e-2, False),
+        (1_000_000, True, 5e-4, False),
+        (1_000_000, True, 6e-4, True),
+        (1_000_000, True, 5e-7, True),
+    ],
+)
+def test_a_learning_rate_out_of_the_usual_range_is_named_at_the_start(num_parameters, has_adapters, lr, is_named):
+    said, model = [], SimpleNamespace(num_parameters=num_parameters, lora=object() if has_adapters else None)
+    console, policy = SimpleNamespace(warning=said.append), SimpleNamespace(config=model)
+    warn_about_learning_rate(console, load_config(None, [f"optimizer.lr={lr}"]), policy)
+    assert [text.split()[0] for text in said] == ["optimizer.lr"] * is_named
+    warn_about_learning_rate(console, load_config(None, [f"optimizer.lr={lr}", "optimizer.name=sgd"]), policy)
+    assert len(said) == is_named  # whose steps are of another size
+
+
+def test_a_loss_near_0_is_explained_after_the_first_step_alone():
+    said = []
+    console = SimpleNamespace(message=said.append)
+    for steps_done, loss in ((2, 0.0), (1, 0.5), (1, float("nan"))):
+        tell_of_loss(console, steps_done, loss)
+    assert said == []
+    tell_of_loss(console, 1, -1e-9)
+    assert [text.partition(":")[0] for text in said] == ["a loss near 0 is expected on-policy"]

@@ -181,6 +181,15 @@ def test_sign_that_lasts_is_named_with_the_key_to_change_and_ever_more_seldom(ba
     assert not any(checkup.warnings for checkup in run_of([bad] * 13, f"health.{switch}=null"))
 
 
+def test_rewards_that_are_all_equal_are_told_from_those_equal_within_each_group():
+    bad = {"zero_variance_share": 1.0, "reward/std": 1e-17, "reward/mean": 0.1}
+    (all_equal,) = run_of([bad], "health.patience=1")[0].warnings
+    assert "every completion of the step has the same reward, 0.1" in all_equal
+    assert "rewards.functions" in all_equal
+    (within,) = run_of([bad | {"reward/std": 0.2}], "health.patience=1")[0].warnings
+    assert "as the others of their group" in within
+
+
 # Nothing to learn from
 
 
@@ -490,6 +499,8 @@ def test_run_tells_of_spikes_and_signs_of_collapse_and_saves_the_samples_of_spik
         assert re.search(rf"warning: .*{problem}.*raise {key}", told)
     assert re.search(r"warning: .*were cut at the length limit; raise sampling\.max_completion_length", told)
     assert re.search(r"warning: kl [\d.]+ is a spike.*raise grpo\.beta", told)
+    assert told.count("a loss near 0 is expected on-policy") == 1
+    assert told.index("step  1/11") < told.index("a loss near 0") < told.index("step  2/11")
     steps = [sample["step"] for sample in read_samples(folder)]
     assert [steps.count(step) for step in range(1, 12)] == [2] * 10 + [8]
 
