@@ -77,7 +77,7 @@ def test_a_recipe_cannot_inherit_from_itself_or_from_nothing(tmp_path):
         load_config(path)
     with pytest.raises(ValueError, match=r"inherit must be the path of one recipe, got \['a.yml'\]"):
         load_config(write(tmp_path, "inherit: [a.yml]\n"))
-    with pytest.raises(ValueError, match=r"'missing\.yml' does not exist \(working directory "):
+    with pytest.raises(ValueError, match=r"'missing\.yml', which does not exist \(working directory "):
         load_config(write(tmp_path, "inherit: missing.yml\n"))
 
 
@@ -322,7 +322,7 @@ def test_a_malformed_recipe_is_refused(tmp_path, text, message):
 
 
 def test_a_missing_recipe_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"nowhere\.yml' does not exist \(working directory "):
+    with pytest.raises(ValueError, match=r"nowhere\.yml', which does not exist \(working directory "):
         load_config(tmp_path / "nowhere.yml")
 
 

@@ -490,7 +490,9 @@ READERS = {
         "rl.config.load",
         "rl.run_folder.contents",
         "rl.run_folder.folder",
+        "rl.state.branch",
         "rl.tools.checkpoints.convert",
+        "rl.tools.report.data",
         "rl.tools.samples.sample",
     },
 }
