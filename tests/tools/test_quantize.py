@@ -157,7 +157,7 @@ def test_the_command_prints_errors_sizes_perplexity_and_memory(folder, tmp_path,
         (["qwen2", "small"], "must be new or empty"),
         (["qwen2", "new", "--text", "missing.txt"], "--text must be a text file"),
         (["qwen2", "new", "--text", "text.txt", "--max-tokens", "1"], "must hold at least two tokens"),
-        (["recipe.yml", "new"], "MODEL must be a Hugging Face folder"),
+        (["recipe.yml", "new"], "model source must be a folder or hub id to quantise"),
     ],
 )
 def test_what_cannot_be_quantised_is_refused(folder, small, capsys, monkeypatch, arguments, message):

@@ -23,6 +23,7 @@ from safetensors.numpy import load_file
 
 import rl
 from examples.reward_model import fit_head
+from rewards.code import unit_tests
 from rl import sft_trainer
 from rl.cli import main
 from rl.config.load import load_config
@@ -238,6 +239,13 @@ def test_code_humaneval(tmp_path):
     pytest.importorskip("pydantic_monty", reason="needs the extra code")
     from examples.code_humaneval.make_data import to_row
 
+    rows = [
+        json.loads(line) for line in (ROOT / "examples/code_humaneval/first_functions.jsonl").read_text().splitlines()
+    ]
+    columns = {name: [row[name] for row in rows] for name in ("tests", "entry_point", "starter")}
+    prompts, right = ([row[name] for row in rows] for name in ("prompt", "answer"))
+    assert unit_tests(prompts, right, **columns) == [1.0] * 28
+    assert sum(unit_tests(prompts, right[1:] + right[:1], **columns)) == 0
     problems = [json.loads(line) for line in (ROWS / "humaneval.jsonl").read_text().splitlines()]
     data = tmp_path / "humaneval.jsonl"
     data.write_text("".join(json.dumps(to_row(problem)) + "\n" for problem in problems))
