@@ -205,18 +205,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     with hosts.joined(config.distributed):
         check_trust(arguments.config, config, arguments.overrides, trust=arguments.trust)
         use_compilation_cache(config)
-        doctor = Doctor(
-            config,
-            arguments.config,
-            arguments.overrides,
-            arguments.trust,
-            lambda line: print(line, file=hosts.console_stream(), flush=True),
-        )
+        stream = hosts.console_stream()
+
+        def tell(line: str) -> None:
+            print(line, file=stream, flush=True)
+
+        doctor = Doctor(config, arguments.config, arguments.overrides, arguments.trust, tell)
         doctor.say(*machine_findings(config.output_dir))
         doctor.examine()
         num = doctor.num
         verdict = "the run would not start and fit" if num["wrong"] else "the run would start and fit"
-        print(f"{verdict}: {num['wrong']} wrong, {num['change']} to change, {num['note']} to note")
+        tell(f"{verdict}: {num['wrong']} wrong, {num['change']} to change, {num['note']} to note")
     return int(bool(num["wrong"]))
 
 
