@@ -17,7 +17,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Self, TextIO
 
 import rich.box
+import rich.cells
 import rich.console
+import rich.padding
 import rich.table
 import rich.text
 
@@ -33,6 +35,8 @@ _SPARK_STEPS = 24
 _PLAIN_WIDTH = 120  # columns of a table in a log
 _MOST_MEMBERS = 8  # completions of a group in a table
 _PROMPT_LENGTH, _COMPLETION_LENGTH = 300, 240  # characters in a table
+_LEAST_COMPLETION_WIDTH = 30  # columns; with fewer, completions get lines of their own
+_COLUMN_GAP, _INDENT = 3, 2  # columns of a table's gap, and before a completion on lines of its own
 _NOTEBOOK_WIDTH = 120  # characters; notebooks wrap longer lines
 # Metric, label, format: in the order of importance, for a narrow terminal shows the first ones only.
 _WATCHED = (
@@ -157,7 +161,8 @@ class Console:
         width = self._console.width if self._is_live else _PLAIN_WIDTH
         with self._writing():
             self._console.print(_group_title(step, group, self._encodable), soft_wrap=False, width=width)
-            self._console.print(_group_table(group, self._encodable), soft_wrap=False, width=width)
+            for part in _group_parts(group, self._encodable, width):
+                self._console.print(part, soft_wrap=False, width=width)
 
     def message(self, text: str) -> None:
         """Prints `text` unchanged, on lines of its own."""
@@ -369,38 +374,59 @@ def _group_title(step: int, group: Group, encodable: Callable[[str], str]) -> ri
     return rich.text.Text(encodable(f"step {step}, a prompt with its group: {prompt}{answer}"), style="bold")
 
 
-def _group_table(group: Group, encodable: Callable[[str], str]) -> rich.table.Table:
-    """A row for each completion, the best first; of a large group the best and the worst ones."""
-    table = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+def _group_parts(
+    group: Group, encodable: Callable[[str], str], width: int
+) -> list[rich.table.Table | rich.text.Text | rich.padding.Padding]:
+    """The completions of a group, the best first; of a large group the best and the worst ones. A table with a row for
+    each, or on a terminal too narrow for it each completion under a line with its numbers.
+    """
     names = [encodable(visible(name)) for name in group.names] if len(group.names) > 1 else []
-    for name in ("reward", *names, "advantage", "tokens"):
-        table.add_column(rich.text.Text(name), justify="right", no_wrap=True)
-    table.add_column("end", no_wrap=True)
-    table.add_column("completion", overflow="fold")
+    titles = ["reward", *names, "advantage", "tokens", "end"]
     best_first = sorted(group.members, key=lambda member: math.inf if member.reward is None else -member.reward)
     left_out = len(best_first) - _MOST_MEMBERS
     shown = best_first if left_out <= 0 else [*best_first[: _MOST_MEMBERS // 2], *best_first[-_MOST_MEMBERS // 2 :]]
+    rows: list[tuple[list[str], str]] = []
     for number, member in enumerate(shown):
         if left_out > 0 and number == _MOST_MEMBERS // 2:
-            table.add_row(*[""] * (len(table.columns) - 1), f"({left_out} between these)")
+            rows.append(([""] * len(titles), f"({left_out} between these)"))
         numbers = [member.reward, *(member.rewards if names else ()), member.advantage]
-        table.add_row(
-            *("-" if number is None else f"{number:.3g}" for number in numbers),
-            str(member.num_tokens),
-            member.finish_reason,
-            rich.text.Text(encodable(shortened(visible(member.text), _COMPLETION_LENGTH))),
-        )
+        cells = ["-" if number is None else f"{number:.3g}" for number in numbers]
+        completion = encodable(shortened(visible(member.text), _COMPLETION_LENGTH))
+        rows.append(([*cells, str(member.num_tokens), member.finish_reason], completion))
+    columns = zip(titles, *(cells for cells, _ in rows), strict=True)
+    taken = sum(max(map(rich.cells.cell_len, column)) + _COLUMN_GAP for column in columns)
+    if width - taken >= _LEAST_COMPLETION_WIDTH:
+        return [_group_table(titles, rows)]
+    parts: list[rich.table.Table | rich.text.Text | rich.padding.Padding] = []
+    for cells, completion in rows:
+        fields = "  ".join(f"{title} {cell}" for title, cell in zip(titles, cells, strict=True) if cell)
+        if fields:
+            parts.append(rich.text.Text(fields, style="bold"))
+        indent = _INDENT if width > 2 * _INDENT else 0
+        parts.append(rich.padding.Padding(rich.text.Text(completion, overflow="fold"), (0, 0, 0, indent)))
+    return parts
+
+
+def _group_table(titles: Sequence[str], rows: Sequence[tuple[list[str], str]]) -> rich.table.Table:
+    """A row for each completion, which gets the columns that the others leave."""
+    table = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for title in titles:
+        is_number = title != titles[-1]
+        table.add_column(rich.text.Text(title), justify="right" if is_number else "left", no_wrap=True)
+    table.add_column("completion", overflow="fold")
+    for cells, completion in rows:
+        table.add_row(*map(rich.text.Text, cells), rich.text.Text(completion))
     return table
 
 
 def format_evaluations(metrics: Mapping[str, Any]) -> list[str]:
     """The evaluations of a step as short texts: "eval 61.0%" of the one set without a name, else "eval NAME 61.0%", or
-    with samples "eval NAME avg@4 61.0%"; at most four.
+    with samples "eval NAME avg@4 61.0%"; at most four. What is not a finite number is left out.
     """
     found = []
     for name, value in metrics.items():
         known = _EVALUATION.fullmatch(name)
-        if known is not None and value is not None:
+        if known is not None and value is not None and math.isfinite(float(value)):
             samples = f" avg@{known['k']}" if known["k"] else ""
             found.append(f"eval {known['set'] or ''}".rstrip() + f"{samples} {float(value):.1%}")
     return found[:_MOST_EVALUATIONS]

@@ -411,8 +411,8 @@ def test_a_run_that_was_stopped_and_goes_on_draws_below_what_the_shell_wrote(ter
     assert signal.getsignal(signal.SIGCONT) is before
 
 
-@pytest.mark.parametrize("width", [20, 70])
-def test_a_group_fits_a_terminal(terminal, width):
+@pytest.mark.parametrize("width", [20, 30, 70])
+def test_a_group_fits_a_terminal_and_shows_its_completions(terminal, width):
     pseudo = terminal(width)
     with Console(10, pseudo.stream) as console:
         console.step_line(FULL)
@@ -420,6 +420,9 @@ def test_a_group_fits_a_terminal(terminal, width):
         rows = pseudo.look()
     assert rows[0].startswith("step 10, a prompt"[:width])
     assert [row[:4] for row in rows].count("step") == 2  # the table's and the display's
+    assert [row.strip() for row in rows].count("?") == 1  # of the last member, on a line of its own
+    assert any(row.startswith("reward 1.25") for row in rows)
+    assert max(map(len, rows)) <= width
 
 
 def test_a_quiet_console_says_warnings_and_last_words_alone(terminal):
@@ -451,7 +454,7 @@ def test_named_evaluations_are_told_apart():
     metrics = {"step": 3, "eval/accuracy": 0.5, "eval/accuracy_low": 0.1, "eval/hard/avg_at_4": 0.25, "kl": 0.1}
     assert format_evaluations(metrics) == ["eval 50.0%", "eval hard avg@4 25.0%"]
     assert format_evaluations({f"eval/{i}/accuracy": 0.1 * i for i in range(9)})[-1] == "eval 3 30.0%"
-    assert format_evaluations({"eval/accuracy": None}) == []
+    assert format_evaluations({"eval/accuracy": None, "eval/hard/accuracy": math.nan}) == []
 
 
 def test_small_texts_are_as_short_as_they_can_be():

@@ -37,7 +37,8 @@ class Delivery:
         self._problems: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._places: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._tracker: Tracker | None = None
-        self._num_refused = self._num_failed = 0  # the first by the run's thread alone, the second by the own one
+        self._num_refused = self._num_taken = 0  # counted by the run's thread alone
+        self._num_failed = self._num_handled = 0  # counted by the own one alone
         self._is_failed = self._is_left = False
         self._said: set[str] = set()
         self.made = threading.Event()
@@ -58,6 +59,7 @@ class Delivery:
                 "full", f"{self._num_waiting} steps wait for it (logging.tracker_queue), so further ones are dropped"
             )
             return
+        self._num_taken += 1
         self._queue.put(step)
 
     def problems(self) -> list[str]:
@@ -85,7 +87,7 @@ class Delivery:
     @property
     def num_undelivered(self) -> int:
         """The steps that are still with the thread or in the queue."""
-        return self._queue.qsize()
+        return self._num_taken - self._num_handled
 
     def _run(self) -> None:
         self._try_to_make()
@@ -94,12 +96,13 @@ class Delivery:
                 self._try_to_make()
             if self._tracker is None:
                 self._num_failed += 1
-                continue
-            try:
-                self._tracker.log(step)
-            except USER_ERRORS as error:
-                self._num_failed += 1
-                self._say("log", f"a step did not reach it: {described(error)}")
+            else:
+                try:
+                    self._tracker.log(step)
+                except USER_ERRORS as error:
+                    self._num_failed += 1
+                    self._say("log", f"a step did not reach it: {described(error)}")
+            self._num_handled += 1
         if self._tracker is not None and not self._is_left:
             try:
                 self._tracker.close(self._is_failed)

@@ -109,16 +109,17 @@ class Trackers:
         for delivery in left:
             delivery.leave()
             self._leave(delivery.label)
-            problems.append(
-                f"tracker {delivery.label} has not ended after {seconds:g} s, and is left with "
-                f"{delivery.num_undelivered} steps that it has not taken; metrics.jsonl has them"
+        for delivery in self._deliveries:
+            num_lacking = delivery.num_dropped + (delivery.num_undelivered if delivery in left else 0)
+            lacking = (
+                f"lacks {num_lacking} {'step' if num_lacking == 1 else 'steps'} of this start of the run; "
+                f"metrics.jsonl has {'it' if num_lacking == 1 else 'them'}"
             )
-        problems += [
-            f"tracker {delivery.label} lacks {delivery.num_dropped} steps of this start of the run; metrics.jsonl has "
-            "them"
-            for delivery in self._deliveries
-            if delivery.num_dropped
-        ]
+            if delivery in left:
+                state = lacking if num_lacking else "has every step"
+                problems.append(f"tracker {delivery.label} has not ended after {seconds:g} s, and is left; it {state}")
+            elif num_lacking:
+                problems.append(f"tracker {delivery.label} {lacking}")
         self._deliveries = []
         return problems
 
