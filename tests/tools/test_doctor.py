@@ -9,7 +9,7 @@ from rl.cli import main
 from rl.config.load import load_config
 from rl.data.prompts import load_prompts
 from rl.data.tokenizer import load_tokenizer
-from rl.tools.doctor import doctor
+from rl.tools.doctor import doctor, machine
 from rl.tools.doctor.dry_step import DryStep
 from rl.tools.doctor.machine import Requirement, problem_of, requirements
 from rl.tools.doctor.tokens import eos_sets, token_findings
@@ -93,6 +93,21 @@ def test_without_a_recipe_the_machine_is_looked_at(capsys, monkeypatch, tmp_path
     assert "needs a config file before overrides" in capsys.readouterr().err
 
 
+def test_an_accelerator_that_jax_does_not_use_and_a_full_disk_are_named_with_the_way_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "_ACCELERATORS", {str(tmp_path): ("a board", "cuda")})
+    monkeypatch.setattr(machine, "_LITTLE_DISK", float("inf"))
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    hidden = {finding.what: finding for finding in machine.machine_findings(tmp_path / "runs" / "a")}
+    assert hidden["devices"].change == "unset JAX_PLATFORMS"
+    assert hidden["disk of the run"].degree == "change"
+    assert str(tmp_path) in hidden["disk of the run"].value
+    assert "output_dir" in hidden["disk of the run"].change
+    assert "HF_HOME" in hidden["disk of downloads"].change
+    monkeypatch.delenv("JAX_PLATFORMS")
+    unseen = {finding.what: finding for finding in machine.machine_findings(tmp_path)}
+    assert "pip install 'tandem-grpo[cuda]'" in unseen["devices"].change
+
+
 @pytest.mark.parametrize(
     ("rules", "problem"),
     [(">=1", None), ("<1", "must be <1"), (">=1,<99", None), ("==1.*", None), ("!=99,>98", "must be"), ("~=1.2", None)],
@@ -140,6 +155,21 @@ def test_a_template_without_a_generation_prompt_is_found_unless_its_answers_have
         found = findings_of(chat_tokenizer(template))
         assert found["generation prompt"].startswith("ok")
         assert found["end of a turn"] == "ok      end of a turn: [2 '<eos>'], which ends a completion\n"
+
+
+def test_a_template_that_refuses_a_plain_question_is_noted():
+    found = findings_of(chat_tokenizer(HEADED + "{{ raise_exception('no') }}"), "data.chat=false")
+    assert "not used, data.chat is false" in found["chat template"]
+    config = load_config(None, [*CHAT, "model.arch.vocab_size=259"])
+    found = token_findings(config, chat_tokenizer(HEADED + "{{ raise_exception('no tools') }}"), [])
+    assert [each.degree for each in found if each.what == "chat template"] == ["note"]
+
+
+@pytest.mark.parametrize("name", ["gemma3", "llama3_2", "qwen2_5", "qwen3", "smollm2"])
+def test_templates_of_published_models_have_a_generation_prompt(name):
+    found = findings_of(chat_tokenizer((FILES / "chat_templates" / f"{name}.jinja").read_text()))
+    assert found["generation prompt"].startswith("ok")
+    assert ("thinking switch" in found) == (name == "qwen3")
 
 
 def test_a_turn_that_ends_with_another_token_than_a_completion_wants_it_among_the_eos_ids():

@@ -27,7 +27,7 @@ def token_findings(config: Config, tokenizer: Tokenizer, rows: Sequence[PromptRo
     """Findings about the tokenizer and its template. rows: of the run's prompts, for their first tokens.
 
     Raises:
-      ValueError: the model's files are not there or contradict themselves, or the template refuses a plain question.
+      ValueError: the model's files are not there or contradict themselves, or the template is none.
     """
     source = config.tokenizer.source or folder_source(config) or "byte"
     found = [Finding("ok", "tokenizer", f"{source}, {tokenizer.vocab_size} ids")]
@@ -40,7 +40,13 @@ def token_findings(config: Config, tokenizer: Tokenizer, rows: Sequence[PromptRo
     messages: Messages = [{"role": "user", "content": _QUESTION}]
     if config.data.system_prompt is not None:
         messages = [{"role": "system", "content": config.data.system_prompt}, *messages]
-    return [*found, *_turns(config, tokenizer, messages), *_thinking(config, tokenizer)]
+    try:
+        found += _turns(config, tokenizer, messages)
+    except ValueError as error:  # the run's own messages may be others; the start renders them
+        found.append(
+            Finding("note", "chat template", f"it refuses a plain question, so its turns are not known: {error}")
+        )
+    return [*found, *_thinking(config, tokenizer)]
 
 
 def eos_sets(config: Config, tokenizer: Tokenizer) -> dict[str, tuple[int, ...]]:
