@@ -170,7 +170,10 @@ def test_the_data_tell_what_differs_and_when_warnings_came(folder):
         ({"messages": "text"}, "messages must not be str"),
         ({"prompt": ["text"]}, "prompt must be messages"),
         ({"logged": {"judge": "text"}}, "logged.judge must be a mapping"),
-        ({"per_token": {"kl": {"largest": 1.0, "codes": "!"}}}, "of tokens must be"),
+        (
+            {"per_token": {"kl": {"largest": 1.0, "codes": "!"}}},
+            r"samples.jsonl, step 3, prompt_index 0, sample_index 0: per_token.kl: values of tokens must be",
+        ),
         ({"per_token": {"kl": encode([0.0])}}, "per_token.kl must be a number for each token"),
     ],
 )
@@ -181,6 +184,37 @@ def test_a_sample_that_is_damaged_is_named(tmp_path, change, rule):
         writer.write_samples(3, [{**record, **change}])
     with pytest.raises(ValueError, match=rule):
         main([str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "rule"),
+    [
+        ("metrics", '{"step": 4, "loss": {"a": 1}}', r"metrics.jsonl, line 2: loss must be a number or null, got"),
+        ("metrics", '{"step": 4, "note": "text"}', r"metrics.jsonl, line 2: note must be a number or null, got 'text'"),
+        ("events", '{"step": 3, "histograms": 5}', "events.jsonl, step 3: histograms must be a mapping, got 5"),
+        ("events", '{"step": 3, "histograms": {"a": 5}}', "step 3: the histogram of 'a' must be pairs"),
+        ("events", '{"step": 3, "histograms": {"a": [1]}}', "step 3: the histogram of 'a' must be pairs"),
+        ("events", '{"step": 3, "histograms": {"a": [[1, NaN]]}}', "step 3: the histogram of 'a' must be pairs"),
+    ],
+)
+def test_a_line_that_is_damaged_is_named(tmp_path, file, line, rule):
+    with MetricsWriter(tmp_path, 0) as writer:
+        writer.write({"step": 3, "reward/mean": 0.5})
+    with open(tmp_path / f"{file}.jsonl", "a") as lines:
+        lines.write(f"{line}\n")
+    with pytest.raises(ValueError, match=rule):
+        main([str(tmp_path)])
+
+
+def test_numbers_that_json_lacks_do_not_hinder_a_report(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 3, "reward/mean": NaN}\n')
+    (tmp_path / "events.jsonl").write_text('{"step": 0, "start": {"memory": Infinity}}\n')
+    (tmp_path / "config.yml").write_text("grpo: {beta: .inf}\n")
+    assert main([str(tmp_path)]) == 0
+    (run,) = data_of(tmp_path / "report.html")["runs"]
+    assert run["metrics"]["reward/mean"] == [None]
+    assert run["starts"] == [[0, {"memory": None}]]
+    assert run["config"]["grpo.beta"] == "inf"
 
 
 def test_of_many_samples_whole_steps_are_left_out_and_the_last_is_kept(folder, tmp_path):
@@ -230,6 +264,13 @@ def test_a_live_page_answers_this_machine_alone_and_sends_only_what_is_new(folde
         for host in ("evil.example", f"evil.example:{server.server_port}", "127.0.0.1:1"):
             assert ask("/data", host)[0] == 421
         assert ask("/../etc/passwd")[0] == 404
+        monkeypatch.setattr("rl.tools.report.watch.read_runs", lambda folders: [][0])  # an error that nobody expects
+        monkeypatch.setattr(server, "handle_error", lambda *request: None)  # which would print it
+        with MetricsWriter(folder / "first", 99) as writer:
+            writer.write({"step": 22})
+        while (broken := ask("/data"))[0] == 200:
+            time.sleep(0.05)
+        assert (broken[0], broken[2][:44]) == (500, b"the runs cannot be shown: IndexError: list i")
         server.shutdown()
 
 

@@ -61,11 +61,11 @@ def _run_data(run: Run, most_samples: int) -> dict[str, Any]:
         "metrics": {name: [_short(row.get(name)) for row in run.rows] for name in names},
         "histograms": _histograms(run.events),
         "warnings": [[event["step"], mask.text(str(event["warning"]))] for event in run.events if "warning" in event],
-        "starts": [[event["step"], mask.value(event["start"])] for event in run.events if "start" in event],
-        "config": mask.value(dict(run.config)),
+        "starts": [[event["step"], mask.value(_rounded(event["start"]))] for event in run.events if "start" in event],
+        "config": mask.value({key: _writable(value) for key, value in run.config.items()}),
         # What differs from configs/base.yml, with the default.
         "changed": mask.value(
-            {key: defaults.get(key) for key, value in run.config.items() if value != defaults.get(key)}
+            {key: _writable(defaults.get(key)) for key, value in run.config.items() if value != defaults.get(key)}
         ),
         "samples": [_sample(sample, tokens, mask) for sample in samples],
         "samples_of": len(run.samples),
@@ -81,14 +81,26 @@ def _histograms(events: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
     """{name: [[step, pairs], ...]}, of at most `MOST_HISTOGRAMS` steps: every n-th from the last one back."""
     found: dict[str, list[Any]] = {}
     for event in events:
-        for name, pairs in dict(event.get("histograms", {})).items():
-            if not (pairs and all(isinstance(number, _NUMBER) for pair in pairs for number in pair)):
+        drawn = event.get("histograms", {})
+        if not isinstance(drawn, dict):
+            raise ValueError(
+                f"events.jsonl, step {event['step']}: histograms must be a mapping, got {str(drawn)[:80]}; remove the "
+                "line to go on"
+            )
+        for name, pairs in drawn.items():
+            if not (isinstance(pairs, list) and pairs and all(map(_is_pair, pairs))):
                 raise ValueError(
                     f"events.jsonl, step {event['step']}: the histogram of {name!r} must be pairs of a value and a "
                     f"count, got {str(pairs)[:80]}; remove the line to go on"
                 )
             found.setdefault(name, []).append([event["step"], [[_short(value), count] for value, count in pairs]])
     return {name: own[::-1][:: math.ceil(len(own) / MOST_HISTOGRAMS)][::-1] for name, own in found.items()}
+
+
+def _is_pair(pair: Any) -> bool:
+    """Whether it is a value and a finite count."""
+    is_right = isinstance(pair, list) and len(pair) == 2 and all(isinstance(number, _NUMBER) for number in pair)
+    return is_right and math.isfinite(pair[1])
 
 
 def _kept_steps(samples: Sequence[Mapping[str, Any]], most: int) -> set[int]:
@@ -171,7 +183,12 @@ def _tokens(record: Mapping[str, Any], tokens: _Vocabulary, mask: Mask) -> dict[
         for token, text, shown in zip(ids, texts, mask.hidden(texts), strict=True)
     ]
     for name, entry in values.items():
-        _check(len(decode(entry)) == len(ids), record, f"per_token.{name} must be a number for each token")
+        try:
+            num_values = len(decode(entry))
+        except ValueError as error:
+            _check(False, record, f"per_token.{name}: {error}")
+        else:
+            _check(num_values == len(ids), record, f"per_token.{name} must be a number for each token")
     if 0 in trained:
         found["trained"] = "".join(map(str, trained))
     return found | ({"values": dict(values)} if values else {})
@@ -181,6 +198,11 @@ def _check(is_right: bool, record: Mapping[str, Any], rule: str) -> None:
     if not is_right:
         place = ", ".join(f"{key} {record[key]}" for key in ("step", "prompt_index", "sample_index") if key in record)
         raise ValueError(f"samples.jsonl, {place or 'a further sequence'}: {rule}; remove the line to go on")
+
+
+def _writable(value: Any) -> Any:
+    """A value of a configuration, with text in place of a number that JSON lacks."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _rounded(value: Any) -> Any:

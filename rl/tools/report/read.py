@@ -12,7 +12,7 @@ from typing import Any
 from rl.config.sections import flatten
 from rl.config.yaml_text import read_yaml
 from rl.run.metrics import read_events, read_metrics, read_samples
-from rl.run_folder.contents import CONFIG, IDENTITY, SAMPLES, read_json
+from rl.run_folder.contents import CONFIG, IDENTITY, METRICS, SAMPLES, read_json
 from rl.run_folder.remote_steps import local_report
 
 
@@ -46,7 +46,8 @@ def read_runs(folders: Sequence[str | os.PathLike], metrics_only: bool = False) 
       metrics_only: leaves samples, events and configuration empty.
 
     Raises:
-      ValueError: a folder has no metrics.jsonl, or one without a single complete line; a file cannot be read.
+      ValueError: a folder has no metrics.jsonl, or one without a single complete line; a file cannot be read; a metric
+        is no number.
     """
     names = [pathlib.Path(folder).resolve().name for folder in folders]
     runs = []
@@ -55,11 +56,22 @@ def read_runs(folders: Sequence[str | os.PathLike], metrics_only: bool = False) 
         rows = read_metrics(place)
         if not rows:
             raise ValueError(f"{folder} must hold at least one step, got an empty metrics.jsonl; run a step first")
+        _check_numbers(rows, place / METRICS)
         rest: tuple[Any, ...] = ()
         if not metrics_only:
             rest = (_samples(place), read_events(place), read_config(place), _kind(place))
         runs.append(Run(name if names.count(name) == 1 else os.fspath(folder), rows, *rest))
     return runs
+
+
+def _check_numbers(rows: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
+    for number, row in enumerate(rows, 1):
+        for name, value in row.items():
+            if value is not None and not isinstance(value, int | float):
+                raise ValueError(
+                    f"{path}, line {number}: {name} must be a number or null, got {str(value)[:80]!r}; remove the line "
+                    "to go on"
+                )
 
 
 def read_config(folder: pathlib.Path) -> dict[str, Any]:

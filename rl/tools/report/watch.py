@@ -124,8 +124,12 @@ def _handler(page: bytes, data: Callable[[], tuple[str, bytes]]) -> type[http.se
             try:
                 version, content = data()
             except ValueError as error:
-                self._answer(http.HTTPStatus.SERVICE_UNAVAILABLE, f"{error}\n".encode())
+                self._answer(http.HTTPStatus.SERVICE_UNAVAILABLE, f"{error}\n".encode("utf-8", "backslashreplace"))
                 return
+            except Exception as error:  # of files that are damaged in a way that nobody thought of
+                problem = f"the runs cannot be shown: {type(error).__name__}: {str(error)[:200]}\n"
+                self._answer(http.HTTPStatus.INTERNAL_SERVER_ERROR, problem.encode("utf-8", "backslashreplace"))
+                raise
             if known == version:
                 self._answer(http.HTTPStatus.NO_CONTENT, b"")
             else:
