@@ -37,9 +37,13 @@ def evaluation_file(folder: pathlib.Path | None, step: int, keep: int) -> Iterat
     draft = place / f"{UNFINISHED}{path.name}"
     with writing(path):
         place.mkdir(exist_ok=True)
-        with draft.open("w", encoding="utf-8") as stream:
-            yield lambda record: _write(stream, {"step": step, **record})
-        os.replace(draft, path)
+        try:
+            with draft.open("w", encoding="utf-8") as stream:
+                yield lambda record: _write(stream, {"step": step, **record})
+            os.replace(draft, path)
+        except BaseException:
+            draft.unlink(missing_ok=True)
+            raise
     for old in evaluation_files(folder)[:-keep]:
         old.unlink(missing_ok=True)
 

@@ -201,6 +201,15 @@ def evaluation_files(folder: pathlib.Path) -> list[pathlib.Path]:
     )
 
 
+def unfinished_evaluations(folder: pathlib.Path) -> list[pathlib.Path]:
+    """Drafts of such files, left by an evaluation that was killed."""
+    place = folder / EVALUATIONS
+    if not place.is_dir() or place.is_symlink():
+        return []
+    names = [entry for entry in place.iterdir() if entry.name.startswith(UNFINISHED) and _is_plain_file(entry)]
+    return [entry for entry in names if _EVALUATION.fullmatch(entry.name.removeprefix(UNFINISHED))]
+
+
 def is_checkpoint(folder: pathlib.Path) -> bool:
     """Whether the folder of a step has what Orbax, or `rl.state.checkpoint_files`, writes into one."""
     marks = ("_CHECKPOINT_METADATA", HASHES, "state/_METADATA", "loop/metadata")

@@ -37,6 +37,7 @@ from rl.files.stores import is_remote
 from rl.run_folder.contents import (
     CHECKPOINTS,
     CONFIG,
+    EVALUATIONS,
     EVENTS,
     EXPORT,
     EXPORT_RECORD,
@@ -51,6 +52,7 @@ from rl.run_folder.contents import (
     RUN_KEY,
     SAMPLES,
     checkpoint_steps,
+    evaluation_files,
     file_stamps,
     has_work,
     holder,
@@ -66,6 +68,7 @@ from rl.run_folder.contents import (
     own_entries,
     read_json,
     strange_steps,
+    unfinished_evaluations,
     unfinished_steps,
 )
 from rl.run_folder.mirror import run_path
@@ -622,7 +625,7 @@ def _lock(path: pathlib.Path) -> int:
 
 
 def _left_by_start(path: pathlib.Path) -> list[pathlib.Path]:
-    """Paths left by a start that recorded nothing: its files, then unfinished checkpoints, run.json last. Only drafts
+    """Paths left by a start that recorded nothing: unfinished checkpoints, its files, run.json last. Only drafts
     where run.json has not our mark.
     """
     drafts = [path / (UNFINISHED + name) for name in (IDENTITY, CONFIG)]
@@ -630,18 +633,23 @@ def _left_by_start(path: pathlib.Path) -> list[pathlib.Path]:
         return drafts
     return [
         *unfinished_steps(path),
+        *evaluation_files(path),  # of the evaluation before the first step
+        *unfinished_evaluations(path),
         *drafts,
         *(path / name for name in (METRICS, SAMPLES, EVENTS, JOURNAL, CONFIG, IDENTITY)),
     ]
 
 
 def _clear_start(path: pathlib.Path) -> None:
-    """Removes what `_left_by_start` names, and checkpoints/ of such a start if it is empty."""
-    left, checkpoints = _left_by_start(path), path / CHECKPOINTS
+    """Removes what `_left_by_start` names, and checkpoints/ and evaluations/ of such a start if they are empty."""
+    left = _left_by_start(path)
     if is_own_identity(path):
         for step in unfinished_steps(path):
             shutil.rmtree(step)
-        if checkpoints.is_dir() and not any(checkpoints.iterdir()):
-            checkpoints.rmdir()
+        for entry in (*evaluation_files(path), *unfinished_evaluations(path)):
+            entry.unlink()
+        for place in (path / CHECKPOINTS, path / EVALUATIONS):
+            if place.is_dir() and not place.is_symlink() and not any(place.iterdir()):
+                place.rmdir()
     for entry in left:
         entry.unlink(missing_ok=True)

@@ -11,6 +11,7 @@ import sys
 import pytest
 
 from rl.config.load import dump_config, load_config
+from rl.run.eval_files import evaluation_file
 from rl.run.metrics import MetricsWriter
 from rl.run_folder.folder import RunFolder, load_run_config, read_run
 from rl.run_folder.replaced import move_aside
@@ -115,6 +116,9 @@ def test_a_start_that_fails_leaves_nothing_behind(tmp_path):
     run.begin()
     (tmp_path / "empty" / "checkpoints" / "1.orbax-checkpoint-tmp").mkdir(parents=True)  # as Orbax makes it
     (tmp_path / "empty" / "metrics.jsonl").touch()
+    with evaluation_file(tmp_path / "empty", 0, keep=1) as write:  # before the first step
+        write({"prompt": "2+2"})
+    (tmp_path / "empty" / "evaluations" / ".tandem-1.jsonl").touch()  # of an evaluation that was killed
     run.close()
     assert list((tmp_path / "empty").iterdir()) == []
 
@@ -153,10 +157,15 @@ def test_a_start_that_is_killed_between_two_files_is_no_run_and_in_nobodys_way(t
 def test_other_settings_may_take_over_a_folder_in_which_nothing_was_recorded(tmp_path):
     first = open_folder(tmp_path / "a", "optimizer.lr=1e-3")
     first.begin()
+    with pytest.raises(KeyError), evaluation_file(tmp_path / "a", 0, keep=1):
+        raise KeyError
+    assert list((tmp_path / "a" / "evaluations").iterdir()) == []  # no draft stays
+    (tmp_path / "a" / "evaluations" / "0.jsonl").touch()
     killed(first)
     second = open_folder(tmp_path / "a", "optimizer.lr=1e-4")
     second.begin()
     assert read_run(tmp_path / "a")[0].optimizer.lr == 1e-4
+    assert not (tmp_path / "a" / "evaluations").exists()
     second.close()
 
 
