@@ -77,7 +77,7 @@ class Collector:
         self._rows, self._held_out, self._stream = data.rows, data.evaluated(config.eval), data.stream
         self._sets = data.sets
         check_functions(config, self._sets, runner)
-        check_followed(config, data)
+        check_followed(config, data, [spec.name for spec in runner.specs], has_episodes=episodes is not None)
         self._epoch = 0.0  # how often the training rows were used up so far
         self._journal: Journal | None = None
         self._of_step: StepJournal | None = None

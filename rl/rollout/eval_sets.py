@@ -7,7 +7,7 @@ the number of its prompt and its own, so that neither the size of blocks nor slo
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -125,7 +125,8 @@ def evaluate_set(
         for p, row in enumerate(block.rows):
             of_row = [sample_record(block, p, g, runner.specs, functions) for g in range(entry.samples)]
             category = category_of(entry, row)
-            more = {"set": name} | ({} if category is None else {"category": category})
+            more = {"set": name, "temperature": own.temperature, "ks": entry.counted_ks}
+            more |= {} if category is None else {"category": category}
             records = [more | record for record in of_row]
             scores.add(records, sum(done.num_trained for done in block.scored.completions[p]))
             if write is not None:
@@ -135,16 +136,23 @@ def evaluate_set(
     return SetResult(name, entry, own, scores, gathered.metrics(), left_out)
 
 
-def check_followed(config: Config, data: PromptData) -> None:
-    """Refuses a checkpoint.best.metric that no evaluation of this run can have. What functions log is not known yet.
+def check_followed(config: Config, data: PromptData, functions: Sequence[str] = (), has_episodes: bool = False) -> None:
+    """Refuses a checkpoint.best.metric that no evaluation of this run can have.
+
+    What functions log is not known yet: any name below a function's own passes here.
+
+    Args:
+      functions: the names of the reward functions.
+      has_episodes: whether completions have several turns, whose environments give metrics of any name.
 
     Raises:
-      ValueError: there is nothing to evaluate, the metric is of a set that does not exist, or of another measure.
+      ValueError: there is nothing to evaluate, or the metric is of a set, a function or a measure that does not exist.
     """
     metric = config.checkpoint.best.metric
     if metric is None:
         return
-    if not (data.evaluated(config.eval) or data.sets):
+    is_held_out = bool(data.evaluated(config.eval))
+    if not (is_held_out or data.sets):
         raise ValueError(
             f"checkpoint.best.metric {metric!r} needs held-out rows or eval.sets, got none; set data.eval_size, "
             "data.eval_share or data.eval_source, or name sets in eval.sets"
@@ -152,21 +160,52 @@ def check_followed(config: Config, data: PromptData) -> None:
     rest = metric.removeprefix("eval/")
     name = max((name for name in data.sets if rest.startswith(f"{name}/")), key=len, default=None)
     if name is None:
-        if not data.evaluated(config.eval):
+        if not is_held_out:
             first, entry = next(iter((name, config.eval.sets[name]) for name in data.sets))
             measure = measure_names(entry.samples, entry.counted_ks, has_answers=False)[0]
             raise ValueError(
                 f"checkpoint.best.metric must be a metric of one of the sets {[*data.sets]}, got {metric!r}; for "
                 f"example eval/{first}/{measure}"
             )
+        known = _of_rows(("accuracy",), functions)
+        of_sources = {f"{source}/{each}" for source in config.data.source_names for each in known}
+        _check_known(metric, rest, "", known, of_sources, functions, has_episodes)
         return
     entry, last = config.eval.sets[name], metric.rpartition("/")[2]
-    known = measure_names(entry.samples, entry.counted_ks, has_answers=True)
-    known = [*known, *(f"{measure}_{end}" for measure in known for end in ("low", "high"))]
-    if re.fullmatch(r"accuracy.*|(avg|pass|maj)_at_.*", last) and last not in known:
+    measures = measure_names(entry.samples, entry.counted_ks, has_answers=True)
+    ends = [f"{measure}_{end}" for measure in measures for end in ("low", "high")]
+    if re.fullmatch(r"accuracy.*|(avg|pass|maj)_at_.*", last) and last not in (*measures, *ends):
         raise ValueError(
-            f"checkpoint.best.metric must be a measure of eval.sets.{name}, {', '.join(known[: len(known) // 3])}, got "
-            f"{metric!r}"
+            f"checkpoint.best.metric must be a measure of eval.sets.{name}, {', '.join(measures)}, got {metric!r}"
+        )
+    categories = {category_of(entry, row) for row in data.sets[name]} - {None}
+    of_categories = {f"category/{own}/{each}" for own in categories for each in (*measures, *ends, "prompts")}
+    known, own = _of_rows(measures, functions), rest.removeprefix(f"{name}/")
+    _check_known(metric, own, f"{name}/", known, of_categories, functions, has_episodes)
+
+
+def _of_rows(measures: Sequence[str], functions: Sequence[str]) -> list[str]:
+    """Names of the metrics of evaluated rows, without what functions log."""
+    ends = [f"{measure}_{end}" for measure in measures for end in ("low", "high")]
+    of_functions = [f"reward/{name}/mean" for name in functions]
+    return [*measures, *of_functions, "completion_length/mean", "truncated_share", "prompts", *ends]
+
+
+def _check_known(
+    metric: str,
+    rest: str,
+    prefix: str,
+    known: Sequence[str],
+    more: Collection[str],
+    functions: Sequence[str],
+    has_episodes: bool,
+) -> None:
+    """ValueError where a metric, of which `rest` comes after eval/ and `prefix`, is not known and cannot be logged."""
+    is_logged = any(rest.startswith(f"reward/{name}/") for name in functions)
+    if metric != f"eval/{prefix}{rest}" or not (rest in known or rest in more or is_logged or has_episodes):
+        shown = ", ".join(f"eval/{prefix}{each}" for each in known if not each.endswith(("_low", "_high")))
+        raise ValueError(
+            f"checkpoint.best.metric must be a metric of the evaluations, got {metric!r}; they have {shown}"
         )
 
 

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TextIO
 
 from rewards.contract import EXTRACTED
+from rl.errors import missing
 from rl.files.json_file import shown
 from rl.files.output_file import writing
 from rl.files.stores import written_file
@@ -34,6 +35,31 @@ class Question(NamedTuple):
     index: int
     records: list[dict[str, Any]]
     line: int
+
+
+class SetKind(NamedTuple):
+    """How the samples of a set were drawn and are counted.
+
+    Attributes:
+      num_samples: of each question. ks: for pass@k and maj@k.
+      temperatures: of A and of B; None where a file of an older version does not say.
+    """
+
+    num_samples: int
+    ks: list[int]
+    temperatures: tuple[float | None, ...]
+
+    def __str__(self) -> str:
+        of_a, of_b = (
+            f"{self.num_samples} sample{'s' * (self.num_samples > 1)} each"
+            if temperature is None
+            else "greedy"
+            if temperature == 0
+            else f"temperature {temperature:g}"
+            for temperature in self.temperatures
+        )
+        how = of_a if of_a == of_b else f"A {of_a}, B {of_b}"
+        return how if self.num_samples == 1 or None in self.temperatures else f"{self.num_samples} samples each, {how}"
 
 
 class Flips:
@@ -88,6 +114,8 @@ def questions(path: pathlib.Path) -> Iterator[Question]:
     """
     try:
         stream = path.open(encoding="utf-8")
+    except FileNotFoundError:
+        raise missing("A and B of --against", "models, or .jsonl files that grpo eval --output wrote", path) from None
     except OSError as error:
         raise ValueError(f"{path} must be a file that grpo eval --output wrote, got {error.strerror}") from error
     with stream:
@@ -108,42 +136,45 @@ def questions(path: pathlib.Path) -> Iterator[Question]:
 def compare(
     path_a: pathlib.Path,
     path_b: pathlib.Path,
-    ks: Mapping[str, Sequence[int]],
     resamples: int,
     output: str | None = None,
+    names: tuple[str, str] | None = None,
 ) -> list[str]:
     """Compares two files of samples; returns the result in words.
 
+    The k of pass@k and maj@k are those that the records of both files name; without them the number of the samples.
+
     Args:
-      ks: of each set, for pass@k and maj@k; a set without them has the number of its samples.
       resamples: of a bootstrap interval.
       output: a file for the flips, a JSON line each.
+      names: of the two sides in messages; None: the paths.
 
     Raises:
       ValueError: the files do not hold the same questions in the same order with equally many samples.
     """
+    names = names or (str(path_a), str(path_b))
     if output is None:
-        return _compare(path_a, path_b, ks, resamples, None)
+        return _compare(path_a, path_b, names, resamples, None)
     with writing(output), written_file(output) as path, path.open("w", encoding="utf-8") as stream:
-        lines = _compare(path_a, path_b, ks, resamples, stream)
+        lines = _compare(path_a, path_b, names, resamples, stream)
     return [*lines, f"all questions on which they differ: {output}"]
 
 
 def _compare(
-    path_a: pathlib.Path, path_b: pathlib.Path, ks: Mapping[str, Sequence[int]], resamples: int, stream: TextIO | None
+    path_a: pathlib.Path, path_b: pathlib.Path, names: tuple[str, str], resamples: int, stream: TextIO | None
 ) -> list[str]:
     values: dict[tuple[str, str, str], tuple[list[float], list[float]]] = {}
-    sizes: dict[str, int] = {}
+    kinds: dict[str, SetKind] = {}
     flips = Flips(stream)
     for a, b in itertools.zip_longest(questions(path_a), questions(path_b)):
-        _check_pair(path_a, path_b, a, b)
-        num = sizes.setdefault(a.of_set, len(a.records))
+        _check_pair(names, a, b)
+        kind = kinds.get(a.of_set) or kinds.setdefault(a.of_set, _kind(a, b))
+        num, ks = kind.num_samples, kind.ks
         if len(a.records) != num:
-            raise ValueError(f"{path_a} must have {num} samples of each question of {a.of_set}, got {len(a.records)}")
-        own_ks = ks.get(a.of_set, (num,))
-        flipped = _flip_measure(a, num, own_ks)
+            raise ValueError(f"{names[0]} must have {num} samples of each question of {a.of_set}, got {len(a.records)}")
+        flipped = _flip_measure(a, num, ks)
         for function in a.records[0]["rewards"].keys() & b.records[0]["rewards"].keys():
-            of_a, of_b = (question_values(side.records, function, num, own_ks) for side in (a, b))
+            of_a, of_b = (question_values(side.records, function, num, ks) for side in (a, b))
             for name in of_a.keys() & of_b.keys():
                 both = values.setdefault((a.of_set, function, name), ([], []))
                 both[0].append(of_a[name])
@@ -151,7 +182,16 @@ def _compare(
             measure = flipped if flipped in of_a and flipped in of_b else None
             if measure is not None and {of_a[measure], of_b[measure]} == {0.0, 1.0}:
                 flips.add(function, measure, a, b, is_better=of_a[measure] > of_b[measure])
-    return _report(values, sizes, ks, flips, resamples)
+    return _report(values, kinds, flips, resamples)
+
+
+def _kind(a: Question, b: Question) -> SetKind:
+    """What the first question of a set says of all."""
+    num, sides = len(a.records), (a.records[0], b.records[0])
+    named = [{k for k in side["ks"] if 1 <= k <= num} for side in sides if "ks" in side]
+    ks = sorted(set.intersection(*named)) if named else []
+    temperatures = tuple(side.get("temperature", 0.0 if a.of_set == HELD_OUT else None) for side in sides)
+    return SetKind(num, ks or [num], temperatures)
 
 
 def _flip_measure(question: Question, num: int, ks: Sequence[int]) -> str:
@@ -168,15 +208,14 @@ def _has_answers(question: Question) -> bool:
 
 def _report(
     values: Mapping[tuple[str, str, str], tuple[list[float], list[float]]],
-    sizes: Mapping[str, int],
-    ks: Mapping[str, Sequence[int]],
+    kinds: Mapping[str, SetKind],
     flips: Flips,
     resamples: int,
 ) -> list[str]:
     lines = []
-    for of_set, num in sizes.items():
-        order = measure_names(num, ks.get(of_set, (num,)), has_answers=True)
-        lines.append(f"{of_set}: A against B, {'greedy' if num == 1 else f'{num} samples each'}")
+    for of_set, kind in kinds.items():
+        num, order = kind.num_samples, measure_names(kind.num_samples, kind.ks, has_answers=True)
+        lines.append(f"{of_set}: A against B, {kind}")
         for function in sorted({key[1] for key in values if key[0] == of_set}):
             for name in order:
                 if (of_set, function, name) in values:
@@ -209,23 +248,24 @@ def _brief(question: Question) -> str:
     return f"prompt {question.index}: {short}"
 
 
-def _check_pair(path_a: pathlib.Path, path_b: pathlib.Path, a: Question | None, b: Question | None) -> None:
+def _check_pair(names: tuple[str, str], a: Question | None, b: Question | None) -> None:
+    name_a, name_b = names
     if a is None or b is None:
-        short, more = (path_a, b) if a is None else (path_b, a)
+        short, more = (name_a, b) if a is None else (name_b, a)
         assert more is not None
-        raise ValueError(f"{path_a} and {path_b} must hold the same questions, and {short} ends before {_name(more)}")
+        raise ValueError(f"{name_a} and {name_b} must hold the same questions, and {short} ends before {_name(more)}")
     ends = a.records[0], b.records[0]
     same = (a.of_set, a.index) == (b.of_set, b.index) and all(
         ends[0].get(key) == ends[1].get(key) for key in ("prompt", "answer")
     )
     if not same:
         raise ValueError(
-            f"{path_a} and {path_b} must hold the same questions in the same order, got {_name(a)} in line {a.line} "
+            f"{name_a} and {name_b} must hold the same questions in the same order, got {_name(a)} in line {a.line} "
             f"and {_name(b)} in line {b.line}; evaluate both with one configuration"
         )
     if len(a.records) != len(b.records):
         raise ValueError(
-            f"{path_a} and {path_b} must have equally many samples of {_name(a)}, got {len(a.records)} and "
+            f"{name_a} and {name_b} must have equally many samples of {_name(a)}, got {len(a.records)} and "
             f"{len(b.records)}"
         )
 
@@ -240,6 +280,8 @@ def _record(path: pathlib.Path, number: int, line: str) -> dict[str, Any]:
         judged = record["rewards"]
         is_sample = isinstance(record["prompt_index"], int) and isinstance(judged, dict) and "prompt" in record
         is_sample = is_sample and all(value is None or isinstance(value, (int, float)) for value in judged.values())
+        is_sample = is_sample and all(isinstance(k, int) for k in record.get("ks", []))
+        is_sample = is_sample and isinstance(record.get("temperature", 0.0), (int, float))
     except (ValueError, TypeError, KeyError, RecursionError):
         is_sample = False
     if not is_sample:

@@ -41,7 +41,7 @@ from rl.sampler.create import create_sampler, eos_ids, evaluation_sizes, prompts
 from rl.state.origin import tokenizer_from_config
 from rl.tools.against import check_files, compare, is_samples_file
 from rl.tools.step_option import step_option
-from rl.tools.trained import load_source, resolve_for, resolve_model
+from rl.tools.trained import WeightSource, load_source, resolve_for, resolve_model
 
 _RECIPES = (".yml", ".yaml")
 
@@ -74,11 +74,7 @@ def evaluate_source(
       ValueError: there is no reward function, there is nothing to ask, some held-out rows may have been trained on, or
         something is wrong with the configuration, the data or the checkpoint.
     """
-    if recipe is None:
-        source = resolve_model(model, overrides, step, adapter, alone=False)
-        config = source.config
-    else:
-        source, config = resolve_for(model, recipe, overrides, step, adapter)
+    source, config = _resolved(model, overrides, step, adapter, recipe)
     with hosts.joined(config.distributed):
         check_trust(model if recipe is None else recipe, config, overrides, TO_EVALUATE, trust)
         check_trust(source.run or model, config, overrides, TO_EVALUATE if recipe is None else (MODEL,), trust)
@@ -150,6 +146,20 @@ def evaluate_source(
                     name, config.eval, sampler, params, own, runner, reads, sampling, moment, episodes, write
                 )
         return result, "model.source" if trained.step is None else f"step {trained.step}"
+
+
+def _resolved(
+    model: str | os.PathLike,
+    overrides: Sequence[str],
+    step: Step | None,
+    adapter: str | None,
+    recipe: str | os.PathLike | None,
+) -> tuple[WeightSource, Config]:
+    """The weights of MODEL, not loaded, and the configuration that says what is asked. ValueError: there are none."""
+    if recipe is not None:
+        return resolve_for(model, recipe, overrides, step, adapter)
+    source = resolve_model(model, overrides, step, adapter, alone=False)
+    return source, source.config
 
 
 def _data(config: Config, tokenizer: Tokenizer) -> PromptData:
@@ -306,26 +316,32 @@ def _against(given: argparse.Namespace, recipe: str | None, overrides: Sequence[
         first = pathlib.Path(models[0])
         own = first / "config.yml" if (first / "config.yml").is_file() else first
         asked = str(own) if own.suffix in _RECIPES else None
+    hows, adapters = (recipe, asked), (given.adapter, None)
+    for (side, step), how, adapter in zip(sides, hows, adapters, strict=True):  # before the first is evaluated
+        if not is_samples_file(side):
+            _resolved(side, overrides, step, adapter, how)
     with tempfile.TemporaryDirectory(prefix="tandem-eval-") as scratch:
-        files, ks, resamples = [], {}, 2000
+        files, names, resamples = [], [], 2000
         for number, (side, step) in enumerate(sides):
             if is_samples_file(side):
                 files.append(pathlib.Path(side))
+                names.append(side)
                 continue
             place = pathlib.Path(scratch) / f"{number}.jsonl"
+            names.append(f"{'AB'[number]} ({side})")
             if given.output is not None:
                 named = pathlib.Path(given.output)
                 place = named.with_name(f"{named.stem}.{'ab'[number]}.jsonl")
-            adapter = given.adapter if number == 0 else None
-            how = recipe if side == models[0] and number == 0 else asked
-            result, where = evaluate_source(side, overrides, adapter, str(place), given.trust, how, step)
-            ks |= {name: own.entry.counted_ks for name, own in result.sets.items()}
+                names[-1] = str(place)
+            result, where = evaluate_source(
+                side, overrides, adapters[number], str(place), given.trust, hows[number], step
+            )
             resamples = next((own.scores.resamples for own in result.sets.values()), resamples)
             if hosts.is_first():
                 print("\n".join(report(result, f"{'AB'[number]}, {side}, {where}")))
             files.append(place)
         if hosts.is_first():
-            print("\n".join(compare(files[0], files[1], ks, resamples, given.output)))
+            print("\n".join(compare(files[0], files[1], resamples, given.output, (names[0], names[1]))))
 
 
 if __name__ == "__main__":

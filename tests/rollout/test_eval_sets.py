@@ -16,8 +16,11 @@ from rewards.logged import CallLog
 from rl.cli import main
 from rl.config.load import load_config
 from rl.config.sections import EvalSet
+from rl.data.eval_sets import with_eval_sets
+from rl.data.prompts import load_prompts
 from rl.grpo_trainer import train
 from rl.rollout.eval_scores import SetScores
+from rl.rollout.eval_sets import check_followed
 from rl.rollout.eval_statistics import (
     maj_at_k,
     majority,
@@ -30,6 +33,7 @@ from rl.run.best import Best, follow_best, is_over
 from rl.run.metrics import read_metrics
 from rl.run_folder.contents import best_step, checkpoint_steps
 from rl.sampler.slot_sampler import Sampler
+from rl.state.origin import tokenizer_from_config
 from rl.tools.evaluate import evaluate_source, rounding_note
 from tests.helpers.pages import blocks
 from tests.helpers.places import FILES, REWARDS, ROOT
@@ -60,6 +64,7 @@ eval:
 checkpoint: {{every: 10, keep: 1, best: {{metric: eval/drawn/reward/digits/mean}}}}
 mesh: {{num_devices: 1}}
 """
+_DRAWN = "drawn: A against B, 4 samples each, temperature 1"
 PREPARE = """
 def with_operation(row):
     return {**row, "operation": "negative" if row["answer"].startswith("-") else "positive"}
@@ -215,6 +220,11 @@ def test_a_run_that_got_no_better_stops_also_when_it_was_cut_and_its_best_step_c
         (["checkpoint.best.metric=loss"], "checkpoint.best.metric must be a metric of an evaluation"),
         (["checkpoint.best.metric=eval/drawn/pass_at_3"], "must be a measure of eval.sets.drawn, avg_at_4, pass_at_1"),
         (["checkpoint.best.metric=eval/nothing"], "must be a metric of the evaluations, got 'eval/nothing'; they have"),
+        (
+            ["checkpoint.best.metric=eval/drawn/reward/digit/mean"],
+            "they have eval/drawn/avg_at_4, eval/drawn/pass_at_1",
+        ),
+        (["checkpoint.best.metric=eval/drawn/category/zero/prompts"], "got 'eval/drawn/category/zero/prompts'; they"),
         (["eval.patience=1", "checkpoint.best.metric=null"], "checkpoint.best.metric must be set with eval.patience"),
         (["eval.every=0"], "eval.every must be > 0 with checkpoint.best.metric"),
         (["eval.sets.drawn.temperature=0"], "temperature must be > 0 with samples 4"),
@@ -230,11 +240,22 @@ def test_a_run_that_got_no_better_stops_also_when_it_was_cut_and_its_best_step_c
         (["data.eval_size=0"], "eval.sets.greedy.source must be set where no rows are held out"),
     ],
 )
-def test_what_cannot_be_evaluated_is_refused_before_a_step(recipe, tmp_path, overrides, message):
+def test_what_cannot_be_evaluated_is_refused_without_a_step(recipe, tmp_path, overrides, message):
     with pytest.raises(ValueError) as caught:  # noqa: PT011
-        train(load_config(recipe, [f"output_dir={tmp_path / 'run'}", *overrides]))
+        train(load_config(recipe, [f"output_dir={tmp_path / 'run'}", *overrides]), check_only=True)
     assert message in str(caught.value)
-    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    assert not (tmp_path / "run").exists()
+
+
+def test_every_metric_that_evaluations_have_may_be_followed(run, recipe):
+    config = load_config(recipe)
+    tokenizer = tokenizer_from_config(config)
+    data = with_eval_sets(load_prompts(config, tokenizer), config, tokenizer)
+    names = {key for line in read_metrics(run) for key in line if key.startswith("eval/")}
+    names |= {"eval/accuracy", "eval/reward/strict/mean", "eval/reward/strict/anything that it logs"}
+    for metric in names:
+        followed = load_config(recipe, [f"checkpoint.best.metric={json.dumps(metric)}"])
+        check_followed(followed, data, ["digits", "flexible", "strict"])
 
 
 def test_what_is_rounded_is_said_to_move_ties():
@@ -254,7 +275,7 @@ def test_two_models_are_compared_question_by_question_by_models_and_by_files(run
     by_models = capsys.readouterr().out
     files = [tmp_path / f"flips.{side}.jsonl" for side in "ab"]
     records = [lines_of(path) for path in files]
-    assert "drawn: A against B, 4 samples each" in by_models
+    assert _DRAWN in by_models.splitlines()
     for name in ("avg@4", "pass@1", "pass@2", "pass@4", "maj@2", "maj@4"):
         assert f"flexible: {name} " in by_models
     flips = lines_of(output)
@@ -269,9 +290,22 @@ def test_two_models_are_compared_question_by_question_by_models_and_by_files(run
     assert f"better on {better}, worse on {worse}, McNemar p = {mcnemar(better, worse):.3g}" in said[-1]
     main(["eval", str(files[0]), "--against", str(files[1])])
     by_files = capsys.readouterr().out
-    shown = [line for line in by_models.splitlines() if "flexible: maj@4" in line and "against" in line]
-    assert shown
-    assert shown[0] in by_files
+    # Files do not say how many resamples an interval had.
+    compared, again = (
+        [re.sub(r"interval [^)]*", "", line) for line in said[said.index(_DRAWN) :]]
+        for said in (by_models.splitlines(), by_files.splitlines())
+    )
+    assert compared[:-1] == again
+    assert "all questions on which they differ" in compared[-1]
+    assert "greedy: A against B, greedy" in by_files
+    files[0].write_text(files[0].read_text().replace('"temperature": 0.0', '"temperature": 0.5'))
+    main(["eval", str(files[0]), "--against", str(files[1])])
+    assert "greedy: A against B, A temperature 0.5, B greedy" in capsys.readouterr().out
+    for nowhere in (str(tmp_path / "nowhere"), str(tmp_path / "nowhere.jsonl")):
+        assert main(["eval", str(run), "--against", nowhere])
+        said = capsys.readouterr()
+        assert not said.out  # the first model was not evaluated
+        assert "which does not exist" in said.err
     files[1].write_text("".join(files[1].read_text().splitlines(keepends=True)[:-1]))
     for content, message in (
         (None, "b.jsonl ends before prompt 4 of greedy"),
