@@ -42,7 +42,7 @@ mesh: {{num_devices: 1}}
 # What is walked in which flavour. `train` and `export` make what the others take, and `quantize` reads a module of
 # one's own, which has a flavour; adapters are walked beside `lora`.
 WALKED = {
-    "linen": {"train", "sft", "export", "checkpoint", "quantize", "compile"},
+    "linen": {"train", "sft", "export", "checkpoint", "quantize", "compile", "doctor"},
     "nnx": {"train", "eval", "sample", "serve", "export", "lora", "quantize"},
 }
 # `launch` starts others, `report` reads metrics, `data` prompts, `rewards` runs functions; what works on files,
@@ -141,6 +141,7 @@ def test_every_command_takes_its_state_from_init_state_fn(flavour, walked, tmp_p
             [own_module, tmp_path / "quantized_own", "--text", own_module, f"model.weights={own_weights}"],
         ],
         "compile": [[whole, "--devices", "cpu:1", "--json", tmp_path / "report.json"]],
+        "doctor": [[whole]],
     }
     assert {*walk, *NOT_WALKED} == set(COMMANDS)
     assert set(walk) == set().union(*WALKED.values())
