@@ -197,10 +197,8 @@ def train(config: Config, check_only: bool = False, trust: bool = False) -> path
                 break
         run.wait_for_saves()
         collector.raise_if_reward_is_down()
-        if is_over(config, progress.best):
-            log.message(end_of(config, progress.best, progress.steps_done))
-        else:
-            log.ended(progress.steps_done, run.path, what_next("grpo", config.output_dir))
+        early = end_of(config, progress.best, progress.steps_done) if is_over(config, progress.best) else ""
+        log.ended(progress.steps_done, run.path, what_next("grpo", config.output_dir), early)
         return run.path
 
 

@@ -131,6 +131,8 @@ class RunLog(Console):
                 self._say_what_is_tracked_again(first_line)
                 self.stopwatch = Stopwatch(self._around_phase)
                 self.begin_steps(first_step)
+                if first_step < self._total_steps:
+                    self._profile.start(first_step)
                 self._profile.begin(folder, first_step + 1)
                 self._first.close()
                 with self._first:
@@ -235,12 +237,18 @@ class RunLog(Console):
             f"raise {self._steps_key} to go on, or name another output_dir"
         )
 
-    def ended(self, step: int, path: pathlib.Path, what_next: str) -> None:
-        """To be called last, when everything is on disk: where the run is, and what to do next.
+    def ended(self, step: int, path: pathlib.Path, what_next: str, why_early: str = "") -> None:
+        """To be called last, when everything is on disk: where the run is, and what to do next. The live display ends.
 
-        what_next: with a run that has all its steps.
+        Args:
+          what_next: with a run that has all its steps, or ended early.
+          why_early: why a run ended before its last step, and was not asked to stop.
         """
-        if not step and self._total_steps:
+        self.close()
+        if why_early:
+            self.last_word(why_early)
+            self.last_word(f"done: {path} has {step} steps; next: {what_next}")
+        elif not step and self._total_steps:
             self.last_word(f"no step is done; its episodes are in the journal of {path}, and the same command goes on")
         elif step < self._total_steps:
             self.last_word(f"saved step {step} of {self._total_steps} in {path}; the same command goes on")

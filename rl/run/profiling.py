@@ -38,6 +38,14 @@ class Profile:
         self._folder: pathlib.Path | None = None
         self._step: contextlib.AbstractContextManager | None = None
 
+    def start(self, steps_done: int) -> None:
+        """To be called when a run starts after so many steps: says where that is too late for all of the profile."""
+        if 0 < self._last <= steps_done:
+            self._say(
+                f"no profile is made: the run goes on after step {steps_done}, and profile.steps names "
+                f"[{self._first}, {self._last}]; name later ones"
+            )
+
     def begin(self, folder: pathlib.Path, step: int) -> None:
         """To be called when step number `step` begins. folder: of the run."""
         if not self._first <= step <= self._last or not hosts.is_first():

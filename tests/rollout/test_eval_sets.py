@@ -203,7 +203,8 @@ def test_a_run_that_got_no_better_stops_also_when_it_was_cut_and_its_best_step_c
         path = train(load_config(recipe, overrides))
         said = " ".join(capsys.readouterr().out.split())
         assert "stopped early after step 3 of 9: eval/prompts was best after step 1, at 5" in said
-        assert "the same command goes on" not in said
+        assert f"done: {path} has 3 steps; next: `grpo report {path}`" in said
+        assert "saved step" not in said
         assert (best_step(path), checkpoint_steps(path)) == (1, [1, 3])
     main(["eval", str(path), "--step", "best"])
     assert "step 1: accuracy" in capsys.readouterr().out

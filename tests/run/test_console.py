@@ -4,6 +4,7 @@ import fcntl
 import io
 import math
 import os
+import pathlib
 import pty
 import re
 import signal
@@ -15,6 +16,7 @@ import time
 
 import pytest
 
+from rl.config.load import load_config
 from rl.run.console import (
     Console,
     format_bar,
@@ -25,6 +27,7 @@ from rl.run.console import (
     sparkline,
 )
 from rl.run.interrupt import StopRequest
+from rl.run.log import RunLog
 from rl.run.step_values import Group, Member
 from rl.run.visible import shortened, visible
 
@@ -423,6 +426,18 @@ def test_a_group_fits_a_terminal_and_shows_its_completions(terminal, width):
     assert [row.strip() for row in rows].count("?") == 1  # of the last member, on a line of its own
     assert any(row.startswith("reward 1.25") for row in rows)
     assert max(map(len, rows)) <= width
+
+
+def test_the_last_word_of_a_run_stands_below_its_live_display(terminal, monkeypatch):
+    pseudo = terminal(200)
+    monkeypatch.setattr("rl.devices.hosts.console_stream", lambda: pseudo.stream)
+    with RunLog(load_config(None, ["grpo.steps=9"])) as log:
+        log.begin_steps(0)
+        log.step_line({**FULL, "step": 9})
+        log.ended(9, pathlib.Path("runs/a"), "eat")
+        rows = pseudo.look()
+    assert rows[-2:] == ["done: runs/a has all 9 steps; next: eat", ""]
+    assert pseudo.look() == rows  # nothing is drawn below
 
 
 def test_a_quiet_console_says_warnings_and_last_words_alone(terminal):

@@ -331,8 +331,10 @@ def test_run_without_a_finite_update_ends_and_can_go_on_with_a_higher_limit(reci
     assert capsys.readouterr().out.count("2 update(s) skipped") == 2
     assert checkpoint_steps(folder) == [1]  # the step that ended the run saved nothing
     assert len(read_samples(folder)) == 2 * 8  # all, not samples_per_step
-    start(recipe, "stuck", *broken[:2], *broken[3:5], "health.max_skipped_updates=99")
-    assert "make_tracker: step 2 comes again, for the run goes on from" in capsys.readouterr().out
+    start(recipe, "stuck", *broken[:2], *broken[3:5], "health.max_skipped_updates=99", "profile.steps=[1, 1]")
+    said = capsys.readouterr().out
+    assert "make_tracker: step 2 comes again, for the run goes on from" in said
+    assert "no profile is made: the run goes on after step 1, and profile.steps names [1, 1]; name later ones" in said
     lines = read_metrics(folder)
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert [line["lr"] for line in lines] == [pytest.approx(0.005)] * 6  # the schedule has not moved
