@@ -145,6 +145,8 @@ MISSING = [  # command, with ./none in the place of what is missing, and the arg
     ("sample --replay ./none 1 0 0", "RUN"),
     ("checkpoint inspect ./none", "CHECKPOINT"),
     ("checkpoint verify ./none", "CHECKPOINT"),
+    ("checkpoint convert ./none ./out", "CHECKPOINT"),
+    ("eval ./none.jsonl --against ./none.jsonl", "A and B of --against"),
     ("lora inspect ./none", "an adapter"),
     (f"sample {RECIPE} --prompts ./none --output ./x.jsonl", "--prompts"),
     (f"sft {RECIPE} data.source=./none.jsonl data.args={{operation: null, digits: null}}", "data source"),

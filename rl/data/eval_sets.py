@@ -13,6 +13,7 @@ from rl.config.sections import EvalSet
 from rl.data.prompt_rows import PromptRow, load_source, question_key, tokenize, with_examples
 from rl.data.prompts import PromptData, evaluated_rows
 from rl.data.tokenizer import Tokenizer
+from rl.errors import MissingError
 
 MOST_CATEGORIES = 200
 _OF_ENTRY = ("columns", "prepare", "few_shot", "system_prompt")
@@ -74,7 +75,10 @@ def _read(config: Config, tokenizer: Tokenizer, name: str, entry: EvalSet, messa
     said = {field: value for field in _OF_ENTRY if (value := getattr(entry, field)) is not None}
     section = dataclasses.replace(config.data, source=entry.source, args=entry.args, **said)
     section = with_examples(section, f"eval.sets.{name}")
-    read = load_source(section, config, key, messages)
+    try:
+        read = load_source(section, config, key, messages)
+    except MissingError as error:
+        raise MissingError(f"{key}: {error}") from error
     return tokenize(read, section, tokenizer, key, messages, source=-1)
 
 

@@ -32,6 +32,11 @@ def run_command(
         sys.dont_write_bytecode = True  # of a user's modules
     path, *overrides = arguments
     if branch is not None:
+        if pathlib.Path(path).is_file():
+            raise ValueError(
+                f"--branch must follow a run folder, from whose newest checkpoint it goes on, got {path!r}, a file; "
+                f"name the run, or begin anew by output_dir={branch}"
+            )
         if check_only:
             raise ValueError(f"--branch must be left out with --check, which changes nothing, got {branch!r}")
         overrides = [*overrides, f"output_dir={json.dumps(branch)}"]

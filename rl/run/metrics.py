@@ -266,6 +266,10 @@ def _steps_before(path: pathlib.Path, start_step: int) -> bytes | None:
 def _read_existing(path: pathlib.Path) -> list[dict[str, Any]]:
     if not path.parent.exists():
         raise missing("RUN", RUN, path.parent)
+    if path.parent.is_file():
+        raise ValueError(
+            f"RUN must be {RUN}, got {str(path.parent)!r}, a file; name the folder, {str(path.parent.parent)!r}"
+        )
     if not path.is_file():
         raise ValueError(f"RUN must be {RUN}, got {str(path.parent)!r}, which has no {path.name}")
     return [_parse(path, number, line) for number, line in enumerate(_complete_lines(path.read_bytes()), 1)]

@@ -237,7 +237,7 @@ def test_a_run_that_got_no_better_stops_also_when_it_was_cut_and_its_best_step_c
         (["eval.sets.greedy.columns={prompt: q}"], "eval.sets.greedy.source must be set with args, columns"),
         (["eval.sets.reward={source: arithmetic}"], "eval.sets must have names of letters"),
         (["eval.sets.drawn.category=level"], "eval.sets.drawn.category must name a column that every row has"),
-        (["eval.sets.drawn.source=missing.jsonl"], "missing.jsonl"),
+        (["eval.sets.drawn.source=missing.jsonl"], "eval.sets.drawn.source: data source must be a .jsonl file, got"),
         (["data.eval_size=0"], "eval.sets.greedy.source must be set where no rows are held out"),
     ],
 )

@@ -80,6 +80,11 @@ def test_a_run_gets_more_steps_under_its_schedule_and_a_branch_another_learning_
     assert "is a branch of" in capsys.readouterr().out
     assert main(["train", str(run), f"--branch={recipe.parent}"]) == 2
     assert "--branch must be a new or empty folder" in capsys.readouterr().err
+    assert main(["train", str(recipe), "--branch", str(recipe.parent / "no")]) == 2
+    assert (
+        f"--branch must follow a run folder, from whose newest checkpoint it goes on, got {str(recipe)!r}, a file"
+        in (capsys.readouterr().err)
+    )
     # The branch goes on from the run's weights: at a learning rate of 0 nothing moves.
     still = recipe.parent / "still"
     assert main(["train", str(run), "--branch", str(still), *branch[5:], "optimizer.lr=0", "grpo.steps=4"]) == 0

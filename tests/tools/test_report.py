@@ -138,6 +138,8 @@ def test_an_empty_run_is_refused(tmp_path):
     (tmp_path / "metrics.jsonl").touch()
     with pytest.raises(ValueError, match="must hold at least one step"):
         main([str(tmp_path)])
+    with pytest.raises(ValueError, match=r"got '.*metrics\.jsonl', a file; name the folder, "):
+        main([str(tmp_path / "metrics.jsonl"), "--output", str(tmp_path / "report.html")])
 
 
 def test_a_picture_format_that_is_not_known_is_refused(tmp_path):

@@ -10,6 +10,7 @@ import dataclasses
 import datetime
 import hashlib
 import json
+import os
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -83,7 +84,11 @@ def find(path: str | pathlib.Path, step: Step | None = None) -> Found:
         steps, step = checkpoint_steps(path), chosen_step(path, step)
         wanted = steps[-1] if step is None and steps else step
         if wanted not in steps:
-            raise ValueError(f"run folder {str(path)!r} must hold checkpoint {wanted}, got steps {steps}")
+            if step is None:
+                raise ValueError(
+                    f"run folder {str(path)!r} must hold a checkpoint, and it has none; let it reach checkpoint.every"
+                )
+            raise ValueError(f"--step must be one of the checkpoints of {str(path)!r}, {steps}, got {step}")
         return Found(path / "checkpoints" / str(wanted), path, wanted)
     if step is not None:
         raise ValueError(f"--step needs a run folder, got {str(path)!r}")
@@ -279,6 +284,8 @@ def _convert_command(arguments: argparse.Namespace) -> int:
     source, out = arguments.checkpoint, arguments.out
     check_path(source, "the checkpoint to convert", may_be_remote=False)
     check_path(out, "OUT", may_be_remote=False)
+    if not os.path.lexists(source):
+        raise missing("CHECKPOINT", _RULE, source)
     if is_run_folder(source):
         given = [name for name in ("like", "dtype", "rope") if getattr(arguments, name) is not None]
         if given:
