@@ -6,6 +6,7 @@ the number of its prompt and its own, so that neither the size of blocks nor slo
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
@@ -235,12 +236,18 @@ def _plain(scores: Mapping[str, Score]) -> dict[str, float]:
 
 def _words(scores: Mapping[str, Score], counts: bool = False) -> str:
     parts = [
-        f"{shown_measure(name)} {score.value:.1%} (95% interval {score.low:.1%} to {score.high:.1%}"
+        f"{shown_measure(name)} {score.value:.1%} ({_interval(score)}"
         + (f", {score.count} prompts)" if counts else ")")
         for name, score in scores.items()
         if score.count
     ]
     return ", ".join(parts) or "nothing judged"
+
+
+def _interval(score: Score) -> str:
+    if not score.is_wilson and math.isclose(score.low, score.high, abs_tol=1e-12):
+        return "no interval: all questions agree"
+    return f"95% interval {score.low:.1%} to {score.high:.1%}"
 
 
 def shown_measure(name: str) -> str:

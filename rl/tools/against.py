@@ -8,6 +8,7 @@ the models differ. The files are read side by side, so that their size does not 
 
 import itertools
 import json
+import math
 import os
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -230,9 +231,12 @@ def _line(name: str, num: int, a: Sequence[float], b: Sequence[float], resamples
     differences = [x - y for x, y in zip(a, b, strict=True)]
     low, high = mean_interval(differences, resamples)
     mean_a, mean_b = sum(a) / len(a), sum(b) / len(b)
+    interval = f"95% interval {low:+.1%} to {high:+.1%}"
+    if math.isclose(low, high, abs_tol=1e-12):
+        interval = "no interval: all questions differ by the same"
     text = (
         f"{shown_measure(name)} {mean_a:.1%} against {mean_b:.1%} on {len(a)} prompts, difference "
-        f"{mean_a - mean_b:+.1%} (95% interval {low:+.1%} to {high:+.1%})"
+        f"{mean_a - mean_b:+.1%} ({interval})"
     )
     if not is_binary(name, num):
         return text

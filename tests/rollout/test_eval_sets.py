@@ -130,6 +130,11 @@ def test_numbers_of_a_set_follow_from_its_records(evaluated):
     assert total / 7 == pytest.approx(main_scores["avg_at_4"].value)
     greedy = [record for record in records if record.get("set") == "greedy"]
     assert [record["completion"] for record in greedy] == [r["completion"] for r in records if "set" not in r]
+    unanimous = SetScores(["flexible"], "flexible", 2, [2], 100)
+    for _ in range(3):
+        unanimous.add([{"rewards": {"flexible": 1.0}, "finish_reason": "eos"}] * 2, num_drawn=2)
+    brief = dataclasses.replace(result.sets["drawn"], scores=unanimous).brief()
+    assert brief.startswith("drawn: avg@2 100.0% (no interval: all questions agree), pass@2 100.0% (no")
 
 
 def test_an_evaluation_during_the_run_is_that_of_the_command_and_keeps_its_samples(run, evaluated):
@@ -299,6 +304,8 @@ def test_two_models_are_compared_question_by_question_by_models_and_by_files(run
     assert compared[:-1] == again
     assert "all questions on which they differ" in compared[-1]
     assert "greedy: A against B, greedy" in by_files
+    main(["eval", str(files[0]), "--against", str(files[0])])
+    assert "difference +0.0% (no interval: all questions differ by the same)" in capsys.readouterr().out
     files[0].write_text(files[0].read_text().replace('"temperature": 0.0', '"temperature": 0.5'))
     main(["eval", str(files[0]), "--against", str(files[1])])
     assert "greedy: A against B, A temperature 0.5, B greedy" in capsys.readouterr().out
