@@ -5,9 +5,11 @@ import pathlib
 import sys
 from collections.abc import Callable, Sequence
 
-from rl.config.load import Config
+from rl.config.load import HORIZON, Config, override_values
 from rl.devices import hosts
 from rl.devices.programs import use_compilation_cache
+from rl.run.metrics import newest_changes, read_events
+from rl.run_folder.contents import is_run_folder
 from rl.run_folder.folder import check_trust, load_run_config
 from rl.state.branch import make_branch
 
@@ -39,7 +41,9 @@ def run_command(
             )
         if check_only:
             raise ValueError(f"--branch must be left out with --check, which changes nothing, got {branch!r}")
-        overrides = [*overrides, f"output_dir={json.dumps(branch)}"]
+        if "output_dir" in override_values(overrides):
+            raise ValueError(f"output_dir must be left out with --branch {branch}, which names the run's folder")
+        overrides = [*_newest_steps(path), *overrides, f"output_dir={json.dumps(branch)}"]
     config = load_run_config(path, overrides)
     with hosts.joined(config.distributed):
         check_trust(path, config, overrides, trust=trust)
@@ -49,6 +53,13 @@ def run_command(
             said = hosts.from_first(lambda: make_branch(path, config, kind))
             print(said, file=hosts.console_stream())
         train(config, check_only, trust)
+
+
+def _newest_steps(run: str) -> list[str]:
+    """Overrides for the number of steps and the end of the schedule, where the newest start of a run changed them."""
+    changed = newest_changes(read_events(run)) if is_run_folder(run) else {}
+    found = {key: changed[key] for key in ("grpo.steps", "sft.steps", HORIZON) if key in changed}
+    return [f"{key}={json.dumps(value)}" for key, value in found.items() if value is None or type(value) is int]
 
 
 def _branch_of(arguments: Sequence[str]) -> tuple[list[str], str | None]:

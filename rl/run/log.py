@@ -22,7 +22,7 @@ from rl.run.console import Console
 from rl.run.environment import environment
 from rl.run.histograms import histogram
 from rl.run.interrupt import StopRequest
-from rl.run.metrics import CompileCounter, MetricsWriter, Stopwatch, peak_memory_bytes
+from rl.run.metrics import CHANGED, CompileCounter, MetricsWriter, Stopwatch, peak_memory_bytes
 from rl.run.profiling import Profile, annotated
 from rl.run.step_values import NO_VALUES, StepValues
 from rl.run.trackers.contract import TrackedRun, TrackedStep
@@ -44,6 +44,7 @@ class RunLog(Console):
 
     Attributes:
       stopwatch: seconds of each phase in the step so far.
+      changed: keys that are not as in the run's config.yml, with their values now, for events.jsonl.
     """
 
     def __init__(self, config: Config, steps_key: str = "grpo.steps"):
@@ -61,6 +62,7 @@ class RunLog(Console):
         # Events wait for the first line of this process, so that a start that fails before it leaves no file.
         self._waiting: list[dict[str, Any]] | None = []
         self._path: pathlib.Path | None = None
+        self.changed: Mapping[str, Any] = {}
         self._first = contextlib.ExitStack()  # what says that the start goes on, and then the first step
 
     def __enter__(self) -> Self:
@@ -126,7 +128,8 @@ class RunLog(Console):
                 contextlib.closing(self._profile),
             ):
                 self._step = first_step
-                self._waiting = [{"start": environment()}, *(self._waiting or ())]
+                changed = {CHANGED: dict(self.changed)} if self.changed else {}
+                self._waiting = [{"start": environment(), **changed}, *(self._waiting or ())]
                 self._path = folder
                 self._say_what_is_tracked_again(first_line)
                 self.stopwatch = Stopwatch(self._around_phase)

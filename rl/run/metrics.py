@@ -26,6 +26,7 @@ from rl.run.metric_table import RENAMED_FIELDS, current_name
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
 EVENTS_FILE = "events.jsonl"
+CHANGED = "changed"  # beside `start`, where a resumed run has keys that are not as in config.yml: {key: value}
 _FILES = (METRICS_FILE, SAMPLES_FILE, EVENTS_FILE)
 
 
@@ -76,8 +77,8 @@ class MetricsWriter:
         self._append(SAMPLES_FILE, [{"step": step, **sample} for sample in samples])
 
     def write_event(self, step: int, event: Mapping[str, Any]) -> None:
-        """Appends a line to events.jsonl: `step`, then the event's own key, which says what it is: `start`, `warning`
-        or `histograms`.
+        """Appends a line to events.jsonl: `step`, then the event's own key, which says what it is: `start` (perhaps
+        with `changed`), `warning` or `histograms`.
         """
         self._append(EVENTS_FILE, [{"step": step, **event}])
 
@@ -131,6 +132,13 @@ def read_events(folder: str | os.PathLike) -> list[dict[str, Any]]:
     """Like `read_metrics`, for events.jsonl; empty for a run of an older version, which wrote none."""
     path = pathlib.Path(folder) / EVENTS_FILE
     return _read_existing(path) if path.is_file() else []
+
+
+def newest_changes(events: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """The keys that were not as in config.yml in the newest start of a run, with their values; from its events."""
+    starts = [event for event in events if "start" in event]
+    changed = starts[-1].get(CHANGED) if starts else None
+    return changed if isinstance(changed, dict) else {}
 
 
 class Stopwatch:

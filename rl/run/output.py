@@ -86,6 +86,7 @@ class RunOutput:
         if not self._check_only:
             self.folder.begin()
             self.mirror.begin()
+            self._log.changed = self.folder.changed
             self._stack.enter_context(self._log.tracking(self.path, self._kind, self.resumed))
         self.checkpoints = create_checkpoint_manager(
             self._config,

@@ -97,6 +97,7 @@ class RunFolder:
     Attributes:
       path: the folder.
       resumed: whether it already held this run.
+      changed: keys of a resumed run that are not as in config.yml, with their values now; in the first process.
       messages: remarks about the folder, for the console.
     """
 
@@ -124,6 +125,7 @@ class RunFolder:
         """
         self.path = run_path(config)
         self.messages: list[str] = []
+        self.changed: dict[str, Any] = {}
         self._config, self._identity = config, {"kind": kind, **origin}
         self._check_only, self._trust, self._run_id = check_only, trust, run_id
         self._has_begun = self._has_recorded = False
@@ -161,6 +163,9 @@ class RunFolder:
                     self._check_config(old_config, old_identity)
                     _check_same_run(self.path, old_config, old_identity, self._config, self._identity)
                     self._look_at_trust(old_config, old_identity)
+                    before, now = flatten(to_dict(old_config)), flatten(to_dict(self._config))
+                    own = {key: value for key, value in now.items() if key != "output_dir"}
+                    self.changed = {key: value for key, value in own.items() if before.get(key) != value}
                 else:
                     self._replaced_kind = old_identity["kind"]
             if not resumed or coming_back(self.path) is not None:

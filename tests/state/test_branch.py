@@ -10,6 +10,7 @@ from rl.config.load import load_config
 from rl.grpo_trainer import train
 from rl.run.metrics import read_metrics
 from rl.run_folder.folder import read_run
+from rl.tools.report.read import read_runs
 from rl.tools.trained import load_checkpoint
 from tests.helpers.places import REWARDS
 
@@ -85,6 +86,13 @@ def test_a_run_gets_more_steps_under_its_schedule_and_a_branch_another_learning_
         f"--branch must follow a run folder, from whose newest checkpoint it goes on, got {str(recipe)!r}, a file"
         in (capsys.readouterr().err)
     )
+    # The report, and a branch that does not say how many steps it has, go by the newest start of the run.
+    found = read_runs([run])[0].config
+    assert (found["grpo.steps"], found["optimizer.schedule_updates"]) == (3, 4)
+    assert main(["train", str(run), f"--branch={recipe.parent / 'same'}"]) == 0
+    assert "the run has 3 steps already and grpo.steps is 3" in capsys.readouterr().out
+    assert main(["train", str(run), f"--branch={recipe.parent / 'new'}", "output_dir=elsewhere"]) == 2
+    assert "output_dir must be left out with --branch" in capsys.readouterr().err
     # The branch goes on from the run's weights: at a learning rate of 0 nothing moves.
     still = recipe.parent / "still"
     assert main(["train", str(run), "--branch", str(still), *branch[5:], "optimizer.lr=0", "grpo.steps=4"]) == 0

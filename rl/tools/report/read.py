@@ -11,7 +11,7 @@ from typing import Any
 
 from rl.config.sections import flatten
 from rl.config.yaml_text import read_yaml
-from rl.run.metrics import read_events, read_metrics, read_samples
+from rl.run.metrics import newest_changes, read_events, read_metrics, read_samples
 from rl.run_folder.contents import CONFIG, IDENTITY, METRICS, SAMPLES, read_json
 from rl.run_folder.remote_steps import local_report
 
@@ -59,7 +59,8 @@ def read_runs(folders: Sequence[str | os.PathLike], metrics_only: bool = False) 
         _check_numbers(rows, place / METRICS)
         rest: tuple[Any, ...] = ()
         if not metrics_only:
-            rest = (_samples(place), read_events(place), read_config(place), _kind(place))
+            events = read_events(place)
+            rest = (_samples(place), events, read_config(place) | newest_changes(events), _kind(place))
         runs.append(Run(name if names.count(name) == 1 else os.fspath(folder), rows, *rest))
     return runs
 
