@@ -539,7 +539,7 @@ def test_a_folder_is_its_own_source_and_anything_else_is_explained(tmp_path):
     assert hf.resolve_source(tmp_path) == tmp_path
     with pytest.raises(ValueError, match="must be a Hugging Face folder or a hub id"):
         hf.resolve_source(tmp_path / "nothing" / "here")
-    with pytest.raises(ValueError, match="can be downloaded, got 'nobody-at-all/no-such-model'"):
+    with pytest.raises(ValueError, match="that this machine can reach, got 'nobody-at-all/no-such-model'"):
         hf.resolve_source("nobody-at-all/no-such-model")
 
 
