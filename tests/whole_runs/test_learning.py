@@ -2,7 +2,10 @@
 turns, too: the recipes `calculator` and `guess_the_number`, smaller.
 """
 
+import os
 import pathlib
+import subprocess
+import sys
 
 import pytest
 
@@ -54,11 +57,14 @@ def test_reward_vanishes_when_advantages_are_negated(tmp_path):
 
 def learned(folder: pathlib.Path, recipe: str, *settings: str) -> tuple[list[dict], list[dict]]:
     """The first and the last metrics of GRPO as in a recipe, but short. It starts from what `grpo sft` of the recipe
-    wrote, stored in bfloat16 under tests/files/warm_starts.
+    wrote, stored in bfloat16 under tests/files/warm_starts. In a process of its own, because the programs of the tests'
+    process are compiled without optimisation, and take twice as long.
     """
     start = [f"model.source={ROOT / 'tests/files/warm_starts' / recipe}", f"output_dir={folder / 'run'}"]
     short = ["grpo.steps=14", "eval.every=0", "checkpoint.every=1000", "mesh.num_devices=1"]
-    lines = read_metrics(train(load_config(f"examples/{recipe}/grpo.yml", [*start, *short, *settings])))
+    command = [sys.executable, "-m", "rl.cli", "train", f"examples/{recipe}/grpo.yml", *start, *short, *settings]
+    subprocess.run(command, cwd=ROOT, env={**os.environ, "XLA_FLAGS": ""}, check=True, stdout=subprocess.DEVNULL)
+    lines = read_metrics(folder / "run")
     return lines[:3], lines[-4:]
 
 
@@ -68,9 +74,8 @@ def mean_of(lines: list[dict], name: str) -> float:
 
 @pytest.mark.parametrize("judged", [True, pytest.param(False, marks=pytest.mark.long)])
 @pytest.mark.slow
-def test_a_tool_is_called_where_answers_alone_are_mostly_wrong(tmp_path, monkeypatch, judged):
+def test_a_tool_is_called_where_answers_alone_are_mostly_wrong(tmp_path, judged):
     """Without a signal (the reward counts nothing, a constant all) calls stay as rare."""
-    monkeypatch.chdir(ROOT)
     functions = (
         f"[{{function: 'rewards.number:exact_number_strict', name: exact, weight: {float(judged)}}}, {CONSTANT}]"
     )
@@ -83,9 +88,8 @@ def test_a_tool_is_called_where_answers_alone_are_mostly_wrong(tmp_path, monkeyp
 
 @pytest.mark.parametrize("judged", [True, pytest.param(False, marks=pytest.mark.long)])
 @pytest.mark.slow
-def test_guesses_become_fewer_where_each_costs(tmp_path, monkeypatch, judged):
+def test_guesses_become_fewer_where_each_costs(tmp_path, judged):
     """Without a signal (the game's reward counts nothing, a constant all) they stay as many."""
-    monkeypatch.chdir(ROOT)
     signal = [f"rollout.environment_weight={float(judged)}", f"rewards.functions=[{CONSTANT}]"]
     first, last = learned(tmp_path, "guess_the_number", *signal)
     fewer_turns = mean_of(last, "turns/mean") < mean_of(first, "turns/mean") - 0.2
