@@ -12,6 +12,7 @@ import jax
 
 from rl.config.sections import ProfileSection
 from rl.devices import hosts
+from rl.devices.libtpu import asks_libtpu
 
 FOLDER = "profile"  # in the run folder
 _STEP = "step"  # the name that tools look for
@@ -24,7 +25,7 @@ class Profile:
       total_steps: of the run.
 
     Raises:
-      ValueError: the run has fewer steps.
+      ValueError: the run has fewer steps, or libtpu is loaded although there is no TPU.
     """
 
     def __init__(self, section: ProfileSection, total_steps: int, say: Callable[[str], None]):
@@ -33,6 +34,11 @@ class Profile:
             raise ValueError(
                 f"profile.steps must be steps of the run, which has {total_steps}, got {section.steps}; name "
                 "earlier ones"
+            )
+        if self._last and asks_libtpu() and jax.default_backend() != "tpu":  # it would end the process with jax 0.10
+            raise ValueError(
+                f"profile.steps must be [] while jax loads libtpu on a machine without a TPU, got {section.steps}; set "
+                f"the environment variable JAX_PLATFORMS={_platforms()}, or uninstall libtpu"
             )
         self._memory, self._say = section.memory, say
         self._folder: pathlib.Path | None = None
@@ -81,6 +87,12 @@ class Profile:
         if self._step is not None:
             self._step.__exit__(None, None, None)
             self._step = None
+
+
+def _platforms() -> str:
+    """What JAX_PLATFORMS would be for the devices in use."""
+    platform = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
+    return platform if platform == "cpu" else f"{platform},cpu"
 
 
 def annotated(phase: str) -> contextlib.AbstractContextManager:

@@ -10,8 +10,9 @@ import jax
 import pytest
 
 from rl.config.load import load_config
-from rl.devices.libtpu import quiet_libtpu
+from rl.devices.libtpu import asks_libtpu, quiet_libtpu
 from rl.devices.programs import Programs, use_compilation_cache
+from rl.run.profiling import Profile
 
 SECONDS = 30  # that a test waits for what must happen at once
 
@@ -159,3 +160,23 @@ def test_libtpu_is_told_what_it_would_complain_of_only_where_there_is_no_tpu(tmp
     del os.environ["TPU_WORKER_HOSTNAMES"]
     quiet_libtpu(tmp_path)
     assert [os.environ[name] for name in names] == ["localhost", "2,2,1"]
+
+
+def test_libtpu_is_not_loaded_where_jax_has_the_cpu_alone_and_a_profile_beside_it_is_refused(tmp_path, monkeypatch):
+    section = load_config(None, ["profile.steps=[1, 2]"]).profile
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name if name == "libtpu" else None)
+    jax.config.update("jax_platforms", None)
+    try:
+        (tmp_path / "nvidia0").touch()  # jax may use it, or say what is missing
+        quiet_libtpu(tmp_path)
+        assert asks_libtpu()
+        with pytest.raises(
+            ValueError, match=r"profile\.steps must be \[\] while .* JAX_PLATFORMS=cpu, or uninstall libtpu"
+        ):
+            Profile(section, 3, print)
+        (tmp_path / "nvidia0").unlink()
+        quiet_libtpu(tmp_path)
+        assert jax.config.jax_platforms == "cpu"
+        Profile(section, 3, print)
+    finally:
+        jax.config.update("jax_platforms", "cpu")
