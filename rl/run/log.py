@@ -22,12 +22,12 @@ from rl.run.console import Console
 from rl.run.environment import environment
 from rl.run.histograms import histogram
 from rl.run.interrupt import StopRequest
-from rl.run.metrics import CHANGED, CompileCounter, MetricsWriter, Stopwatch, peak_memory_bytes
+from rl.run.metrics import CompileCounter, MetricsWriter, Stopwatch, peak_memory_bytes
 from rl.run.profiling import Profile, annotated
 from rl.run.step_values import NO_VALUES, StepValues
 from rl.run.trackers.contract import TrackedRun, TrackedStep
 from rl.run.trackers.trackers import Trackers
-from rl.run_folder.contents import IDENTITY, run_id
+from rl.run_folder.contents import CHANGED, IDENTITY, run_id
 
 
 class RunLog(Console):

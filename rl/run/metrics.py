@@ -22,11 +22,11 @@ from rl.errors import RUN, missing
 from rl.files.local_files import write_file
 from rl.files.output_file import writing
 from rl.run.metric_table import RENAMED_FIELDS, current_name
+from rl.run_folder.contents import CHANGED
 
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
 EVENTS_FILE = "events.jsonl"
-CHANGED = "changed"  # beside `start`, where a resumed run has keys that are not as in config.yml: {key: value}
 _FILES = (METRICS_FILE, SAMPLES_FILE, EVENTS_FILE)
 
 

@@ -18,6 +18,7 @@ from rl.files.local_files import UNFINISHED
 
 CONFIG, IDENTITY, METRICS, SAMPLES = "config.yml", "run.json", "metrics.jsonl", "samples.jsonl"
 EVENTS = "events.jsonl"  # what is no number of a step: starts, warnings, histograms
+CHANGED = "changed"  # there beside `start`: {key: value} of keys that a resumed run has otherwise than config.yml
 JOURNAL = "journal.jsonl"  # of the steps since the last checkpoint, see `rl.rollout.journal`
 BEST = "best"  # in place of a step's number, and in loop records: the checkpoint with the best checkpoint.best.metric
 Step = int | str  # a number, or BEST

@@ -5,6 +5,8 @@ that holds the run's newest checkpoint, its best one, and what led to them under
 goes on there as a resumed run does. The old run stays as it is.
 """
 
+import contextlib
+import json
 import os
 import pathlib
 import shutil
@@ -14,6 +16,7 @@ from rl.config.load import BRANCH_KEYS, Config, cannot_branch, dump_config
 from rl.files.local_files import UNFINISHED
 from rl.files.stores import is_remote
 from rl.run_folder.contents import (
+    CHANGED,
     CHECKPOINTS,
     CONFIG,
     EVENTS,
@@ -81,6 +84,7 @@ def make_branch(run: str | os.PathLike, config: Config, kind: str) -> str:
         for name in (METRICS, SAMPLES, EVENTS):  # the start drops the lines of later steps
             if (pathlib.Path(run) / name).is_file():
                 shutil.copyfile(pathlib.Path(run) / name, draft / name)
+        _drop_changes(draft / EVENTS)
         text = dump_config(config)
         (draft / CONFIG).write_text(text, encoding="utf-8")
         branch = {RUN_KEY: own_id, BRANCH_KEY: {"of": identity.get(RUN_KEY), "step": steps[-1]}}
@@ -93,3 +97,17 @@ def make_branch(run: str | os.PathLike, config: Config, kind: str) -> str:
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     return f"{target} is a branch of {run} at step {steps[-1]}"
+
+
+def _drop_changes(events: pathlib.Path) -> None:
+    """Takes out of starts which keys the old run's config.yml had otherwise: the branch's config.yml has them all."""
+    if not events.is_file():
+        return
+    lines = []
+    for line in events.read_bytes().splitlines(keepends=True):
+        with contextlib.suppress(ValueError):  # a line that a kill has cut stays as it is
+            event = json.loads(line)
+            if isinstance(event, dict) and event.pop(CHANGED, None) is not None:
+                line = json.dumps(event).encode() + b"\n"
+        lines.append(line)
+    events.write_bytes(b"".join(lines))

@@ -8,7 +8,7 @@ import pytest
 from rl.cli import main
 from rl.config.load import load_config
 from rl.grpo_trainer import train
-from rl.run.metrics import read_metrics
+from rl.run.metrics import read_events, read_metrics
 from rl.run_folder.folder import read_run
 from rl.tools.report.read import read_runs
 from rl.tools.trained import load_checkpoint
@@ -51,8 +51,14 @@ def test_a_run_gets_more_steps_under_its_schedule_and_a_branch_another_learning_
     train(load_config(recipe, longer))
     assert [line["lr"] for line in read_metrics(run)] == pytest.approx([8.75e-3, 6.25e-3, 5e-3])
     assert "resumed at step 2 of 3" in capsys.readouterr().out
-    train(load_config(recipe, longer))
-    assert "the run has 3 steps already and grpo.steps is 3: nothing is left to do" in capsys.readouterr().out
+    # The run folder alone stands for its newest start; what is on the command line comes first.
+    assert main(["train", str(run)]) == 0
+    told = capsys.readouterr().out
+    assert f"newest start of {run}, and not as in its config.yml: grpo.steps=3 optimizer.schedule_updates=4" in told
+    assert "the run has 3 steps already and grpo.steps is 3: nothing is left to do" in told
+    assert main(["train", str(run), "--check", "grpo.steps=4"]) == 0
+    told = capsys.readouterr().out
+    assert "config.yml: optimizer.schedule_updates=4\n" in told
 
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     with pytest.raises(
@@ -77,6 +83,8 @@ def test_a_run_gets_more_steps_under_its_schedule_and_a_branch_another_learning_
     assert (config.optimizer.lr, record["branch"]) == (2e-3, {"of": old["run"], "step": 3})
     assert record["run"] != old["run"]
     assert json.loads((other / "checkpoints/5/hashes.json").read_text())["run"] == record["run"]
+    assert any("changed" in event for event in read_events(run))
+    assert not any("changed" in event for event in read_events(other)), "its config.yml has them"
     assert main(branch) == 0  # the same command again goes on with the branch
     assert "is a branch of" in capsys.readouterr().out
     assert main(["train", str(run), f"--branch={recipe.parent}"]) == 2
