@@ -76,7 +76,7 @@ class RunLog(Console):
 
     @contextlib.contextmanager
     def tracking(self, folder: pathlib.Path, kind: str, is_resumed: bool) -> Iterator[None]:
-        """A context in which steps go to the trackers. Its end waits for them, for a limited time.
+        """A context in which steps go to the trackers. `ended`, or else its end, waits for them, for a limited time.
 
         Args:
           folder: the run folder, which holds run.json.
@@ -105,8 +105,12 @@ class RunLog(Console):
             is_in_a_hurry = True
             raise
         finally:
-            if trackers is not None:
-                self.warnings(trackers.end(is_failed, is_in_a_hurry, self.message))
+            self._end_trackers(is_failed, is_in_a_hurry)
+
+    def _end_trackers(self, is_failed: bool, is_in_a_hurry: bool) -> None:
+        """Ends them, and says what they say at their end. A second call does nothing."""
+        if self._trackers is not None:
+            self.warnings(self._trackers.end(is_failed, is_in_a_hurry, self.message))
 
     @contextlib.contextmanager
     def recording(self, folder: pathlib.Path, first_step: int) -> Iterator[None]:
@@ -241,13 +245,15 @@ class RunLog(Console):
         )
 
     def ended(self, step: int, path: pathlib.Path, what_next: str, why_early: str = "") -> None:
-        """To be called last, when everything is on disk: where the run is, and what to do next. The live display ends.
+        """To be called last, when everything is on disk: where the run is, and what to do next. The live display ends,
+        and the trackers before these last words.
 
         Args:
           what_next: with a run that has all its steps, or ended early.
           why_early: why a run ended before its last step, and was not asked to stop.
         """
         self.close()
+        self._end_trackers(is_failed=False, is_in_a_hurry=False)
         if why_early:
             self.last_word(why_early)
             self.last_word(f"done: {path} has {step} steps; next: {what_next}")

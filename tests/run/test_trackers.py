@@ -12,6 +12,7 @@ import pytest
 
 from rl.config.load import load_config
 from rl.config.sections import TRACKER_NAMES, to_dict
+from rl.run.log import RunLog
 from rl.run.trackers.contract import TrackedRun, TrackedStep, table_of
 from rl.run.trackers.trackers import Trackers
 from tests.helpers.pages import blocks, texts
@@ -98,6 +99,18 @@ def test_a_users_tracker_gets_every_step_and_the_end_in_a_thread_of_its_own(own,
     assert [step.step for step in steps] == [1, 2, 3, 4]
     assert (dict(steps[1].metrics), list(steps[1].samples), is_failed) == ({"reward/mean": 0.2}, [SAMPLE], False)
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("tracker")]
+
+
+def test_trackers_speak_before_the_last_words_of_a_run_also_where_no_step_was_left(own, tmp_path, capsys):
+    (tmp_path / "run.json").write_text('{"run": "1234"}')
+    config = load_config(None, [f"logging.trackers=[{own}]", "grpo.steps=4"])
+    with RunLog(config) as log, log.tracking(tmp_path, "grpo", True):
+        log.ended(4, tmp_path, "`grpo eval`")
+    told = capsys.readouterr().out.splitlines()
+    assert told == [
+        f"tracker make_tracker: run {tmp_path.name}",
+        f"done: {tmp_path} has all 4 steps; next: `grpo eval`",
+    ]
 
 
 def test_a_tracker_that_hangs_holds_up_neither_steps_nor_the_end_and_what_it_lacks_is_counted(own, tmp_path):
@@ -216,8 +229,7 @@ def test_the_blocks_of_the_page_load_and_its_tracker_writes_what_it_says(tmp_pat
 @pytest.mark.parametrize("name", TRACKER_NAMES)
 def test_the_page_has_every_setting_of_a_tracker(name):
     module = importlib.import_module(f"rl.run.trackers.to_{name}")
-    settings = [*inspect.signature(module.check).parameters]
-    assert settings == [*inspect.signature(module.make).parameters][1:]
+    settings = [*inspect.signature(module.Settings).parameters]
     (row,) = [line for line in PAGE.splitlines() if line.startswith(f"| `{name}`")]
     named = re.findall(r"`(\w+)`", row.split("|")[3])
     assert [each for each in named if each in settings] == settings

@@ -5,6 +5,7 @@ table.
 """
 
 import csv
+import dataclasses
 import io
 import json
 import os
@@ -25,36 +26,33 @@ _MOST_PARAMS, _MOST_METRICS = 100, 1000  # in one call, by MLflow's own limits
 _LONGEST_PARAM = 6000  # characters
 
 
-def check(
-    *,
-    tracking_uri: str | None = None,
-    experiment: str | None = None,
-    name: str | None = None,
-    tags: Mapping[str, str] | None = None,
-) -> None:
-    """ValueError where the library is missing."""
-    import_library("mlflow", "mlflow")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """`logging.tracker_args.mlflow`.
 
-
-def make(
-    run: TrackedRun,
-    *,
-    tracking_uri: str | None = None,
-    experiment: str | None = None,
-    name: str | None = None,
-    tags: Mapping[str, str] | None = None,
-) -> "_MLflow":
-    """A tracker.
-
-    Args:
+    Attributes:
       tracking_uri: the store, such as sqlite:////data/mlflow.db; None: the variable MLFLOW_TRACKING_URI, or MLflow's
         own default.
       experiment: None: the variable MLFLOW_EXPERIMENT_NAME, or "tandem".
       name: of the run; None: the run folder's.
       tags: of a new run.
     """
-    client = import_library("mlflow.tracking", "mlflow").MlflowClient(tracking_uri=tracking_uri)
-    experiment = experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME") or _EXPERIMENT
+
+    tracking_uri: str | None = None
+    experiment: str | None = None
+    name: str | None = None
+    tags: Mapping[str, str] | None = None
+
+
+def check(settings: Settings) -> None:
+    """ValueError where the library is missing."""
+    import_library("mlflow", "mlflow")
+
+
+def make(settings: Settings, run: TrackedRun) -> "_MLflow":
+    """A tracker."""
+    client = import_library("mlflow.tracking", "mlflow").MlflowClient(tracking_uri=settings.tracking_uri)
+    experiment = settings.experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME") or _EXPERIMENT
     found = client.get_experiment_by_name(experiment)
     experiment_id = client.create_experiment(experiment) if found is None else found.experiment_id
     earlier = client.search_runs([experiment_id], f"tags.`{TAG}` = '{run.id}'", max_results=1)
@@ -62,8 +60,8 @@ def make(
         run_id = earlier[0].info.run_id
         client.update_run(run_id, status="RUNNING")
     else:
-        all_tags = {**(tags or {}), TAG: run.id, "tandem.kind": run.kind, "mlflow.source.name": "grpo"}
-        run_id = client.create_run(experiment_id, tags=all_tags, run_name=name or run.name).info.run_id
+        all_tags = {**(settings.tags or {}), TAG: run.id, "tandem.kind": run.kind, "mlflow.source.name": "grpo"}
+        run_id = client.create_run(experiment_id, tags=all_tags, run_name=settings.name or run.name).info.run_id
         _log_config(client, run_id, run.config)
     return _MLflow(client, run_id, f"run {run_id} of experiment {experiment}")
 

@@ -5,6 +5,7 @@ was written after the step that a resumed run goes on from is hidden by an event
 (`SessionLog.START`, what other writers call `purge_step`).
 """
 
+import dataclasses
 import json
 import os
 import time
@@ -19,13 +20,25 @@ from rl.run.trackers.library import import_library
 FOLDER = "tensorboard"  # in the run folder
 
 
-def check(*, folder: str | None = None) -> None:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """`logging.tracker_args.tensorboard`.
+
+    Attributes:
+      folder: of the event files; None: tensorboard/ in the run folder.
+    """
+
+    folder: str | None = None
+
+
+def check(settings: Settings) -> None:
     """ValueError where the library is missing."""
     _library("summary.writer.event_file_writer")
 
 
-def make(run: TrackedRun, *, folder: str | None = None) -> "_TensorBoard":
-    """A tracker. folder: of the event files; None: tensorboard/ in the run folder."""
+def make(settings: Settings, run: TrackedRun) -> "_TensorBoard":
+    """A tracker."""
+    folder = settings.folder
     return _TensorBoard(run, str(run.folder / FOLDER) if folder is None else os.path.expanduser(folder))
 
 

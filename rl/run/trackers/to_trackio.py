@@ -3,6 +3,7 @@
 trackio finds a run by its name, so the name holds the beginning of the run's id, and a resumed run goes on in it.
 """
 
+import dataclasses
 import os
 from typing import Any
 
@@ -13,44 +14,39 @@ from rl.run.trackers.library import import_library
 _PROJECT = "tandem"
 
 
-def check(
-    *,
-    project: str | None = None,
-    name: str | None = None,
-    group: str | None = None,
-    space_id: str | None = None,
-    server_url: str | None = None,
-    private: bool | None = None,
-) -> None:
-    """ValueError where the library is missing."""
-    import_library("trackio", "trackio")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """`logging.tracker_args.trackio`.
 
-
-def make(
-    run: TrackedRun,
-    *,
-    project: str | None = None,
-    name: str | None = None,
-    group: str | None = None,
-    space_id: str | None = None,
-    server_url: str | None = None,
-    private: bool | None = None,
-) -> "_Trackio":
-    """A tracker.
-
-    Args:
+    Attributes:
       project: None: the variable TRACKIO_PROJECT, or "tandem".
       name: of the run, to which the beginning of its id is added; None: the run folder's.
       group, space_id, server_url, private: as `trackio.init` takes them.
     """
+
+    project: str | None = None
+    name: str | None = None
+    group: str | None = None
+    space_id: str | None = None
+    server_url: str | None = None
+    private: bool | None = None
+
+
+def check(settings: Settings) -> None:
+    """ValueError where the library is missing."""
+    import_library("trackio", "trackio")
+
+
+def make(settings: Settings, run: TrackedRun) -> "_Trackio":
+    """A tracker."""
     trackio = import_library("trackio", "trackio")
     inner = trackio.init(
-        project=project or os.environ.get("TRACKIO_PROJECT") or _PROJECT,
-        name=f"{name or run.name}-{run.id[:8]}",
-        group=group,
-        space_id=space_id,
-        server_url=server_url,
-        private=private,
+        project=settings.project or os.environ.get("TRACKIO_PROJECT") or _PROJECT,
+        name=f"{settings.name or run.name}-{run.id[:8]}",
+        group=settings.group,
+        space_id=settings.space_id,
+        server_url=settings.server_url,
+        private=settings.private,
         config={**flatten(run.config), "run": run.id, "kind": run.kind},
         resume="allow",
         embed=False,

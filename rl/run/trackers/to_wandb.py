@@ -4,6 +4,7 @@ The library's own server process, files and uploads are its business. It prints 
 step is the x axis, because the library's own counter takes no step twice, and a resumed run may repeat steps.
 """
 
+import dataclasses
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -16,19 +17,31 @@ _MODES = ("online", "offline", "disabled", "shared")
 _UPLOAD_SECONDS = 25.0  # for which the library waits for uploads at the end; what is left can be sent by `wandb sync`
 
 
-def check(
-    *,
-    project: str | None = None,
-    entity: str | None = None,
-    name: str | None = None,
-    group: str | None = None,
-    tags: Sequence[str] = (),
-    notes: str | None = None,
-    mode: str | None = None,
-    folder: str | None = None,
-) -> None:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """`logging.tracker_args.wandb`. What is None is the library's own, from its environment variables.
+
+    Attributes:
+      project, entity, group, tags, notes: where the run stands, and what is said of it there.
+      name: of the run there; None: of the run folder.
+      mode: online, offline, disabled or shared.
+      folder: where the library's folder wandb/ goes; None: the run folder.
+    """
+
+    project: str | None = None
+    entity: str | None = None
+    name: str | None = None
+    group: str | None = None
+    tags: Sequence[str] = ()
+    notes: str | None = None
+    mode: str | None = None
+    folder: str | None = None
+
+
+def check(settings: Settings) -> None:
     """ValueError where the library is missing, the mode is unknown, or nobody is logged in who would have to be."""
     wandb = import_library("wandb", "wandb")
+    mode = settings.mode
     if mode is not None and mode not in _MODES:
         raise ValueError(f"logging.tracker_args.wandb.mode must be one of {list(_MODES)} or null, got {shown(mode)}")
     needs_login = (mode or os.environ.get("WANDB_MODE") or "online") in ("online", "shared")
@@ -40,39 +53,21 @@ def check(
         )
 
 
-def make(
-    run: TrackedRun,
-    *,
-    project: str | None = None,
-    entity: str | None = None,
-    name: str | None = None,
-    group: str | None = None,
-    tags: Sequence[str] = (),
-    notes: str | None = None,
-    mode: str | None = None,
-    folder: str | None = None,
-) -> "_WandB":
-    """A tracker. Settings that are None are the library's own, from its environment variables.
-
-    Args:
-      project, entity, group, tags, notes: where the run stands, and what is said of it there.
-      name: of the run there; None: of the run folder.
-      mode: online, offline, disabled or shared.
-      folder: where the library's folder wandb/ goes; None: the run folder.
-    """
+def make(settings: Settings, run: TrackedRun) -> "_WandB":
+    """A tracker."""
     wandb = import_library("wandb", "wandb")
     inner = wandb.init(
         id=run.id,
         resume="allow",
-        project=project,
-        entity=entity,
-        name=name or run.name,
-        group=group,
+        project=settings.project,
+        entity=settings.entity,
+        name=settings.name or run.name,
+        group=settings.group,
         job_type=run.kind,
-        tags=list(tags) or None,
-        notes=notes,
-        mode=mode,
-        dir=str(run.folder if folder is None else os.path.expanduser(folder)),
+        tags=list(settings.tags) or None,
+        notes=settings.notes,
+        mode=settings.mode,
+        dir=str(run.folder if settings.folder is None else os.path.expanduser(settings.folder)),
         config=dict(run.config),
         reinit="create_new",
         settings=wandb.Settings(silent=True, console="off", finish_timeout=_UPLOAD_SECONDS),

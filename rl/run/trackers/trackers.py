@@ -148,9 +148,10 @@ def _maker(name: str, settings: dict[str, Any]) -> Callable[[TrackedRun], Tracke
         _check_arguments(function, f"logging.trackers {name}", name, settings, ("run",))
         return functools.partial(_make_own, function, name, settings)
     module = _module(name)
-    _check_arguments(module.check, f"logging.trackers {name}", name, settings, ())
-    module.check(**settings)
-    return functools.partial(module.make, **settings)
+    _check_arguments(module.Settings, f"logging.trackers {name}", name, settings, ())
+    typed = module.Settings(**settings)
+    module.check(typed)
+    return functools.partial(module.make, typed)
 
 
 def _module(name: str) -> ModuleType:
