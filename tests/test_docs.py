@@ -55,6 +55,8 @@ RUN_BY = {
     "docs/serving.md": "tests/serving/test_serve.py",
     "docs/trackers.md": "tests/run/test_trackers.py",
 }
+BY_HAND = {"docs/data.md", "docs/environments.md", "docs/notebook.md", "docs/rewards.md"}  # `make test-long` alone
+MOST_RUN = 15  # blocks in `make test`
 # What begins with the name of a section and is no key: files, and a field of a sampler's argument.
 NO_KEYS = ("model.safetensors", "rewards.log", "rewards.log.1", "sampling.greedy")
 SIGNATURES, OF_PEERS = "docs/api.md", {f"docs/{name}" for name in (*PEER_PAGES.values(), "from-maxtext.md")}
@@ -194,7 +196,9 @@ def check_command(command: list[str], page: str) -> None:
         load_config(recipe, [*overrides, *(["model.source=my_model.py:build"] if is_of_own_model else [])])
 
 
-def test_every_python_block_is_python_and_a_test_runs_it():
+def test_every_python_block_is_python_and_a_test_runs_it_few_of_them_in_every_run_of_the_tests():
+    assert sum(len(texts(page, "python")) for page in RUN_BY if page not in BY_HAND) <= MOST_RUN
+    assert all("@pytest.mark.long\ndef test_" in read(RUN_BY[page]) for page in BY_HAND)
     for page in [*DOCS, *OTHERS]:
         found = texts(page, "python")
         for text in found:

@@ -36,6 +36,7 @@ from jax.sharding import Mesh
 
 from rl.config.load import Config
 from rl.devices import hosts
+from rl.devices.host_memory import return_freed
 from rl.errors import TRACEBACK_VARIABLE
 from rl.files.output_file import disk_trouble
 from rl.models.config import ModelConfig
@@ -154,6 +155,7 @@ class Checkpoints:
         if step in self._manager.all_steps():
             return
         self.wait()
+        return_freed()  # the threads that wrote the last one keep as much as it took, each in a pool of its own
         hosts.from_first(self._check_room)
         with _explain_write_errors(self._folder):
             tree, record = to_tree(self._trained(state)), {**loop, **self._adapter_settings()}

@@ -1,5 +1,6 @@
 """docs/data.md: every block of it is a file that its recipes use, or a recipe whose data loads."""
 
+import pytest
 import yaml
 
 from rl.config.load import load_config
@@ -9,6 +10,7 @@ from rl.data.tokenizer import load_tokenizer
 from tests.helpers.pages import blocks
 
 
+@pytest.mark.long
 def test_every_block_of_the_data_page_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for kind, name, body in blocks("docs/data.md"):

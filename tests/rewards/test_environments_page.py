@@ -2,6 +2,8 @@
 tests/rollout/test_agents.py.
 """
 
+import pytest
+
 from rl.config.load import load_config
 from tests.helpers.environments import ask, hermes, start
 from tests.helpers.pages import blocks, texts
@@ -10,6 +12,7 @@ PAGE = "docs/environments.md"
 ROW = {"prompt": "Which number?", "number": 25}
 
 
+@pytest.mark.long
 def test_every_block_of_the_page_on_environments_runs(tmp_path, monkeypatch):
     code = "\n\n".join(text for text in texts(PAGE, "python") if "verifiers" not in text)
     (tmp_path / "my_game.py").write_text(code)

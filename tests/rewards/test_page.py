@@ -28,6 +28,7 @@ REWARDS = {
 }
 
 
+@pytest.mark.long
 def test_every_block_of_the_page_on_rewards_runs(tmp_path, monkeypatch):
     code = "\n\n".join(texts(PAGE, "python"))
     (tmp_path / "my_rewards.py").write_text(code)

@@ -193,12 +193,15 @@ def test_the_layout_has_no_empty_part_and_loses_nothing(tmp_path, optimizer):
 # Which checkpoints there are
 
 
-def test_the_newest_checkpoints_are_kept(tmp_path):
+def test_the_newest_checkpoints_are_kept_and_none_leaves_memory_behind(tmp_path, monkeypatch):
+    returned = []
+    monkeypatch.setattr("rl.state.checkpoint.return_freed", lambda: returned.append(True))
     checkpoints = open_checkpoints(tmp_path, "checkpoint.keep=2")
     assert checkpoints.latest_step is None
     for step in (2, 4, 6, 10):
         checkpoints.save(step, state_of(checkpoints.abstract, salt=step), {"step": step})
     checkpoints.wait()
+    assert len(returned) == 4
     assert checkpoints.latest_step == 10
     checkpoints.close()
     assert steps_in(tmp_path) == [6, 10]
