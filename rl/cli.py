@@ -4,8 +4,10 @@ A command is imported only when it is chosen, so `grpo --help` answers at once. 
 Each module's `main(argv)` reads its own, and `python -m <module>` does the same as the command.
 """
 
+import atexit
 import contextlib
 import errno
+import gc
 import importlib
 import os
 import sys
@@ -380,6 +382,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by the parent process
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+    # After the last word the interpreter would look through all that was imported for garbage, for seconds.
+    atexit.unregister(gc.freeze)
+    atexit.register(gc.freeze)
     stdout = sys.stdout
     sys.stdout = _Output(stdout)  # pyright: ignore[reportAttributeAccessIssue]
     try:

@@ -146,10 +146,11 @@ def train(config: Config, check_only: bool = False, trust: bool = False) -> path
         stack.enter_context(log.recording(run.path, progress.steps_done))  # from here on metrics go to files
         stack.enter_context(collector.journal(run.path))  # and episodes, until a checkpoint has their step
         texts = TokenTexts(tokenizer)  # of the tokens of samples
-        if progress.steps_done == 0:
-            evaluated = collector.evaluate_if_due(state, steps_done=0, folder=run.path)
-            follow_best(config, progress.best, 0, evaluated)  # the metric that is followed must be there
-            log.baseline(evaluated)
+        if progress.steps_done == 0 or progress.has_left:  # before the first step, or left by the start before
+            evaluated = collector.evaluate_late(state, progress, run.path)
+            best = follow_best(config, progress.best, progress.steps_done, evaluated)  # its metric must be there
+            progress = progress._replace(best=best)
+            log.baseline(progress.steps_done, evaluated)
         for step in range(progress.steps_done, 0 if is_over(config, progress.best) else config.grpo.steps):
             steps_done = step + 1
             # 1. draw completions; each is judged while others are still drawn
@@ -188,6 +189,7 @@ def train(config: Config, check_only: bool = False, trust: bool = False) -> path
                 entropy=entropy,
                 reward_state=collector.reward_state,
                 best=best,
+                has_left=collector.evaluation_is_left,
             )
             is_last = steps_done == config.grpo.steps or log.stop_is_requested() or collector.reward_is_down
             is_last = is_last or is_over(config, best)

@@ -138,6 +138,13 @@ class Tokenizer:
             return self._prefix_ids + ids
         return ids
 
+    def num_added(self, text: str, token_ids: Sequence[int]) -> int:
+        """The number of tokens that `encode` put before those of the text, of which `token_ids` are all."""
+        size = len(self._prefix_ids)
+        if not size or list(token_ids[:size]) != self._prefix_ids:
+            return 0
+        return 0 if text.startswith(self.decode(self._prefix_ids, skip_special_tokens=False)) else size
+
     def render_chat(self, messages: Messages, tools: Sequence[Mapping[str, Any]] = ()) -> str:
         """The messages as text by the tokenizer's own Jinja template, up to the point where the assistant continues.
 

@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -34,7 +34,7 @@ from rl.rollout.scoring import sample_and_score
 from rl.rollout.step_prompts import check_calls, collect
 from rl.run.eval_files import evaluation_file
 from rl.run.log import RunLog
-from rl.run.progress import ORDER_STEP, REWARD_STATE
+from rl.run.progress import ORDER_STEP, REWARD_STATE, Progress
 from rl.sampler.contract import CompletionSource
 from rl.sampler.create import prompts_at_a_time
 from rl.sampler.token_draw import SamplingParams
@@ -82,6 +82,7 @@ class Collector:
         self._journal: Journal | None = None
         self._of_step: StepJournal | None = None
         self._failures = FailureWatch(runner.specs, config.rewards.max_failed_share, config.health.patience)
+        self.evaluation_is_left = False  # the last one that was due: the run was asked to stop meanwhile
 
     def journal(self, folder: pathlib.Path) -> contextlib.AbstractContextManager[object]:
         """A context in which the turns of episodes are kept in the run's folder, so that a step that is cut short goes
@@ -175,14 +176,41 @@ class Collector:
         self, state: PureState, steps_done: int, folder: pathlib.Path | None = None
     ) -> dict[str, float | None]:
         """Metrics of the policy on the held-out prompts and on each set after `steps_done` steps; empty where no
-        evaluation is due.
+        evaluation is due, or where it is left because the run was asked to stop while episodes were played.
 
         folder: the run folder, where the samples are kept; None: nowhere.
         """
+        self.evaluation_is_left = False
         section, is_last = self._config.eval, steps_done == self._config.grpo.steps
         if not (self._held_out or self._sets) or (steps_done % section.every and not is_last):
             return {}
-        metrics: dict[str, float | None] = {}
+        try:
+            return self._evaluate(
+                state, steps_done, folder, stops=None if is_last and self._is_followed else self._is_left
+            )
+        except LeftStep:
+            self.evaluation_is_left = True
+            self._log.message(f"the evaluation after step {steps_done} is left, and made by the next start")
+            return {}
+
+    def evaluate_late(self, state: PureState, progress: Progress, folder: pathlib.Path) -> dict[str, float | None]:
+        """The same when a run begins or goes on: before the first step, or where the start before left an evaluation. A
+        start between them may have made it: then it is in the line of its step.
+        """
+        self._epoch = self._order.epochs(progress.position)
+        known = self._log.evaluated(folder, progress.steps_done) if progress.has_left else {}
+        return known or self.evaluate_if_due(state, progress.steps_done, folder)
+
+    @property
+    def _is_followed(self) -> bool:
+        """Whether the best checkpoint is kept, which the last checkpoint has to name."""
+        return self._config.checkpoint.best.metric is not None
+
+    def _evaluate(
+        self, state: PureState, steps_done: int, folder: pathlib.Path | None, stops: Callable[[bool], bool] | None
+    ) -> dict[str, float | None]:
+        """An evaluation that is due. Raises LeftStep where it is left."""
+        section, metrics = self._config.eval, dict[str, float | None]()
         moment, place = self._moment(steps_done), folder if hosts.is_first() else None
         with self._log.timer("eval"), evaluation_file(place, steps_done, section.keep_samples) as write:
             if self._held_out:
@@ -199,6 +227,7 @@ class Collector:
                     self._episodes,
                     prompts_at_a_time(section, 1),
                     write,
+                    stops,
                 )
                 metrics |= result.metrics()
             for name, rows in self._sets.items():
@@ -214,6 +243,7 @@ class Collector:
                     moment,
                     self._episodes,
                     write,
+                    stops,
                 )
                 self._log.message(f"eval after step {steps_done}, {of_set.brief()}")
                 metrics |= of_set.metrics()

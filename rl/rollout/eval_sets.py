@@ -99,6 +99,7 @@ def evaluate_set(
     moment: Moment | None = None,
     episodes: EpisodeSource | None = None,
     write: Write | None = None,
+    stops: Callable[[bool], bool] | None = None,
 ) -> SetResult:
     """Draws and judges the samples of one set.
 
@@ -106,6 +107,7 @@ def evaluate_set(
       sampling: the run's; what the set does not say of it is as in a greedy evaluation.
       episodes: draws completions of several turns; None: of one.
       write: takes the record of each sample, in the order of prompts and samples.
+      stops: whether episodes are left, by `rl.rollout.episodes.LeftStep`.
 
     A set without a function that judges completions one by one has no numbers; `check_functions` refuses it before a
     run.
@@ -119,7 +121,7 @@ def evaluate_set(
     key = jax.random.fold_in(jax.random.key(entry.seed), _STREAM)
     size = prompts_at_a_time(section, entry.samples)
     blocks = drawn_blocks(
-        sampler, params, rows, entry.samples, own, key, runner, tokenizer, functions, moment, episodes, size
+        sampler, params, rows, entry.samples, own, key, runner, tokenizer, functions, moment, episodes, size, stops
     )
     for block in blocks:
         gathered.add(block.scored)

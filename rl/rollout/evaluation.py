@@ -109,9 +109,10 @@ def drawn_blocks(
     moment: Moment | None,
     episodes: EpisodeSource | None,
     size: int,
+    stops: Callable[[bool], bool] | None = None,
 ) -> Iterator[Block]:
     """Draws and judges samples of every row, `size` prompts at a time. What is drawn depends neither on that size nor
-    on what is drawn beside it.
+    on what is drawn beside it. stops: whether episodes are left, see `EpisodeSource.draw`.
     """
     for start in range(0, len(rows), size):
         own = rows[start : start + size]
@@ -130,6 +131,7 @@ def drawn_blocks(
             moment=moment,
             source=episodes,
             episode_step=-1,  # the same environments in every evaluation, and no step trains on their seeds
+            stops=stops,
         )
         yield Block(own, start, scored)
 
@@ -207,6 +209,7 @@ def evaluate(
     episodes: EpisodeSource | None = None,
     size: int | None = None,
     write: Callable[[Mapping[str, Any]], None] | None = None,
+    stops: Callable[[bool], bool] | None = None,
 ) -> EvalResult:
     """Decodes every row greedily and scores it.
 
@@ -220,6 +223,7 @@ def evaluate(
       episodes: draws completions of several turns; None: of one.
       size: prompts that are drawn at a time; None: all.
       write: takes the record of each sample in order, which the result then does not hold.
+      stops: whether episodes are left, by `rl.rollout.episodes.LeftStep`.
     """
     plain, key = greedy(sampling), jax.random.key(0)
     names = runner.elementwise
@@ -228,7 +232,7 @@ def evaluate(
     samples: list[dict[str, Any]] = []
     gathered, num_tokens, num_truncated = Gathered(), 0, 0
     blocks = drawn_blocks(
-        sampler, params, rows, 1, plain, key, runner, tokenizer, names, moment, episodes, size or len(rows)
+        sampler, params, rows, 1, plain, key, runner, tokenizer, names, moment, episodes, size or len(rows), stops
     )
     for block in blocks:
         gathered.add(block.scored)

@@ -22,7 +22,7 @@ from rl.run.console import Console
 from rl.run.environment import environment
 from rl.run.histograms import histogram
 from rl.run.interrupt import StopRequest
-from rl.run.metrics import CompileCounter, MetricsWriter, Stopwatch, peak_memory_bytes
+from rl.run.metrics import CompileCounter, MetricsWriter, Stopwatch, peak_memory_bytes, read_metrics
 from rl.run.profiling import Profile, annotated
 from rl.run.step_values import NO_VALUES, StepValues
 from rl.run.trackers.contract import TrackedRun, TrackedStep
@@ -200,11 +200,30 @@ class RunLog(Console):
             self._event({"histograms": {name: histogram(each) for name, each in values.histograms.items()}})
         self._profile.begin(self._path, step + 1)
 
-    def baseline(self, metrics: Mapping[str, Any]) -> None:
-        """The same for what was measured before the first step; nothing where that is nothing."""
-        if metrics:
+    def baseline(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """The same for an evaluation that is made when the run begins or goes on; nothing where that is nothing. After
+        a step that was done before, the step's line gets it.
+        """
+        if not metrics:
+            return
+        if step == 0:
             self._line({"step": 0, **metrics})
-            self.stopwatch.lap()  # the seconds of the first step begin here
+        else:
+            assert self._writer is not None, "outside of `recording`"
+            self._writer.amend(step, metrics)
+            self.step_line({"step": step, **metrics})
+            if self._trackers and self._trackers.names:
+                self._trackers.put(TrackedStep(step, _finite(metrics), {}, []))
+        self.stopwatch.lap()  # the seconds of the next step begin here
+
+    def evaluated(self, folder: pathlib.Path, step: int) -> dict[str, Any]:
+        """What the line of a step has of its evaluation; empty without one."""
+
+        def read() -> dict[str, Any]:
+            line: dict[str, Any] = next((line for line in read_metrics(folder) if line["step"] == step), {})
+            return {name: value for name, value in line.items() if name.startswith("eval/")}
+
+        return hosts.from_first(read)
 
     def _line(
         self, metrics: Mapping[str, Any], samples: Iterable[Mapping[str, Any]] = (), values: StepValues = NO_VALUES
@@ -230,9 +249,11 @@ class RunLog(Console):
             self.messages(self._trackers.places())
             self.warnings(self._trackers.problems())
 
-    def resumed(self, step: int) -> None:
-        """Says that the run goes on after `step` steps, or that these were all it is to have."""
-        if step < self._total_steps:
+    def resumed(self, step: int, has_left: bool = False) -> None:
+        """Says that the run goes on after `step` steps, or that these were all it is to have. has_left: an evaluation
+        is still to be made.
+        """
+        if step < self._total_steps or has_left:
             self.message(f"resumed at step {step} of {self._total_steps}")
         else:
             self.last_word(self.nothing_left(step))

@@ -72,6 +72,19 @@ class MetricsWriter:
         """
         self._append(METRICS_FILE, [_with_step_first(metrics)])
 
+    def amend(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Adds keys to the line of a step in metrics.jsonl, which is replaced atomically."""
+        if self._folder is None:
+            return
+        path = self._folder / METRICS_FILE
+        content = self._kept.get(METRICS_FILE) or path.read_bytes()
+        rows = [_parse(path, number, line) for number, line in enumerate(_complete_lines(content), 1)]
+        lines = [json.dumps(row | _to_json(metrics) if row["step"] == step else row) + "\n" for row in rows]
+        self.close()
+        self._files.clear()
+        self._kept[METRICS_FILE] = "".join(lines).encode("ascii")
+        self._append(METRICS_FILE, [])
+
     def write_samples(self, step: int, samples: Iterable[Mapping[str, Any]]) -> None:
         """Appends a line for each sample to samples.jsonl, in one write: `step`, then the sample's own keys."""
         self._append(SAMPLES_FILE, [{"step": step, **sample} for sample in samples])
@@ -96,6 +109,7 @@ class MetricsWriter:
                 self._folder.mkdir(parents=True, exist_ok=True)
             for each, kept in self._kept.items():
                 write_file(self._folder / each, kept)
+            self._kept.clear()
             for each in _FILES:
                 # Open for the life of the run. Without a buffer, so that a write that a full disk refused is not tried
                 # again.

@@ -30,6 +30,7 @@ from rl.state.states import InitStateFn, frozen_base, setup_training_state
 
 # Of a `rl.rollout.collector.Collector`; a checkpoint of an older version lacks the later ones.
 ORDER_STEP = "order_prompts_per_step"  # the size of a step with which the run, and so its order of prompts, began
+_LEFT = "evaluation_left"
 REWARD_STATE = ("reward_calls", "reward_doubts", "reward_steps_down", ORDER_STEP, "curriculum")
 
 
@@ -74,6 +75,7 @@ class Progress(NamedTuple):
       entropy: the state of the adaptive entropy bonus.
       reward_state: findings about reward functions and prompts, as JSON values by the names in `REWARD_STATE`.
       best: the best evaluation so far.
+      has_left: the evaluation after this step was due, and left when the run was asked to stop.
     """
 
     steps_done: int
@@ -82,6 +84,7 @@ class Progress(NamedTuple):
     entropy: EntropyCoefState
     reward_state: Mapping[str, Any] = {}
     best: Best = Best()
+    has_left: bool = False
 
     @classmethod
     def start(cls, config: Config) -> "Progress":
@@ -99,6 +102,7 @@ class Progress(NamedTuple):
             entropy=EntropyCoefState(**record["entropy"]),
             reward_state={name: record[name] for name in REWARD_STATE if name in record},
             best=Best(**record.get(BEST, {})),
+            has_left=record.get(_LEFT, False),
         )
 
     def record(self, flavour: str, num_rows: int) -> dict[str, Any]:
@@ -107,6 +111,7 @@ class Progress(NamedTuple):
         record = {"step": self.steps_done, "epoch": epoch, "position": offset, "flavour": flavour}
         record |= {"entropy": self.entropy._asdict(), "health": self.health._asdict()}
         followed = {BEST: self.best._asdict()} if self.best != Best() else {}
+        followed |= {_LEFT: True} if self.has_left else {}
         return {**record, **self.reward_state, **followed}
 
     def supervised_record(self, flavour: str) -> dict[str, Any]:
@@ -140,6 +145,6 @@ def restore_or_start(
     else:
         state, record = checkpoints.restore(base=frozen_base(config, mesh, init_state_fn, origin))
         loop = Progress.restored(record, config, num_rows)
-        log.resumed(loop.steps_done)
+        log.resumed(loop.steps_done, loop.has_left)
     foreign.check_policy(init_state_fn.policy, state.params, config.model.source)
     return state, loop

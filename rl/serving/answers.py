@@ -69,19 +69,17 @@ def text_logprobs(
     top_ids: Any,
     top_logprobs: Any,
     num_top: int,
-    offset: int = 0,
+    offsets: Sequence[int],
 ) -> dict[str, Any]:
     """The field `logprobs` of a text's choice.
 
     Args:
       logprobs, top_ids, top_logprobs: by token, None at a token that has none, the first of a prompt.
-      offset: characters before the first token.
+      offsets: by token, the characters of the text before it, see `rl.serving.text.TextOffsets`.
     """
     tokens = [names(int(token_id)) for token_id in token_ids]
-    offsets, tops = [], []
+    tops = []
     for place, token in enumerate(tokens):
-        offsets.append(offset)
-        offset += len(token)
         if logprobs[place] is None:
             tops.append(None)
             continue
@@ -91,7 +89,7 @@ def text_logprobs(
         best.setdefault(token, number(logprobs[place]))
         tops.append(best)
     told = [None if value is None else number(value) for value in logprobs]
-    return {"tokens": tokens, "token_logprobs": told, "top_logprobs": tops, "text_offset": offsets}
+    return {"tokens": tokens, "token_logprobs": told, "top_logprobs": tops, "text_offset": list(offsets)}
 
 
 def tool_calls(calls: Sequence[Call], prompt_ids: Sequence[int], token_ids: Sequence[int]) -> list[dict[str, Any]]:

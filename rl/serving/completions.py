@@ -19,7 +19,7 @@ from rl.serving.bodies import ApiError, TextBody
 from rl.serving.calls import Calls, FinishedCall
 from rl.serving.chat import DONE, since, stop_of, to_event
 from rl.serving.engine import Drawn, Ended, PromptScore
-from rl.serving.text import TextStream, text_of
+from rl.serving.text import TextOffsets, TextStream, text_of
 
 DEFAULT_LIMIT = 16  # of OpenAI's API
 LONG_TEXT = 20_000  # characters that are tokenized beside the event loop
@@ -94,7 +94,8 @@ class Texts:
         jobs, score_jobs = self._jobs(asked, streams=True), self._score_jobs(asked)
         index_of = {job: index for index, job in enumerate(jobs)}
         ends: dict[Any, Ended] = {}
-        offsets = [len(text) for text in asked.texts for _ in range(options.num_choices)] or [0] * len(jobs)
+        starts = [len(text) for text in asked.texts for _ in range(options.num_choices)] or [0] * len(jobs)
+        offsets = [TextOffsets(self._tokenizer, options.keeps_special, start) for start in starts]
         streams = [
             TextStream(self._tokenizer, options.rules.stop_strings, options.keeps_stop, options.keeps_special)
             for _ in jobs
@@ -112,8 +113,7 @@ class Texts:
             more: dict[str, Any] = {}
             if options.num_top is not None:
                 columns = drawn.token_ids, drawn.logprobs, drawn.top_ids, drawn.top_logprobs
-                more["logprobs"] = text_logprobs(names, *columns, options.num_top, offsets[index])
-                offsets[index] += sum(map(len, more["logprobs"]["tokens"]))
+                more["logprobs"] = text_logprobs(names, *columns, options.num_top, offsets[index].push(drawn.token_ids))
             if options.returns_ids:
                 more["token_ids"] = drawn.token_ids.tolist()
             return more
@@ -169,10 +169,9 @@ class Texts:
     ) -> dict[str, Any]:
         options, text = asked.body.options, asked.texts[place] if asked.body.echoes else ""
         choice: dict[str, Any] = {"index": index, "logprobs": None, "finish_reason": "length", "stop_reason": None}
-        offset, parts = len(text), []
+        offsets, parts = TextOffsets(self._tokenizer, options.keeps_special, len(text)), []
         if score is not None:
             parts.append(self._prompt_logprobs(asked, names, place, score))
-            offset = sum(map(len, parts[0]["tokens"]))
         if completion is not None:
             text += self._drawn_text(asked, completion)
             choice["finish_reason"] = FINISH_REASONS[completion.finish_reason]
@@ -180,7 +179,7 @@ class Texts:
             if options.num_top is not None:
                 drawn = since(completion, 0)
                 columns = drawn.token_ids, drawn.logprobs, drawn.top_ids, drawn.top_logprobs
-                parts.append(text_logprobs(names, *columns, options.num_top, offset))
+                parts.append(text_logprobs(names, *columns, options.num_top, offsets.push(drawn.token_ids)))
         if parts:
             choice["logprobs"] = {name: [value for part in parts for value in part[name]] for name in parts[0]}
         if options.returns_ids:
@@ -194,7 +193,18 @@ class Texts:
         logprobs, *tops = ([None, *column] for column in (score.logprobs, score.top_ids, score.top_logprobs))
         num_top = asked.body.options.num_top
         assert num_top is not None
-        return text_logprobs(names, asked.prompts[place], logprobs, tops[0], tops[1], num_top)
+        offsets = self._prompt_offsets(asked, place)
+        return text_logprobs(names, asked.prompts[place], logprobs, tops[0], tops[1], num_top, offsets)
+
+    def _prompt_offsets(self, asked: PreparedText, place: int) -> list[int]:
+        """Where the tokens of a prompt begin in the text that is echoed: of ids their text, else what was sent, which
+        may hold special tokens, but not those that were put before it.
+        """
+        ids, prompt = asked.prompts[place], asked.body.prompts[place]
+        if not isinstance(prompt, str):
+            return TextOffsets(self._tokenizer, asked.body.options.keeps_special).push(ids)
+        added = self._tokenizer.num_added(prompt, ids) if asked.body.adds_special else 0
+        return [0] * added + TextOffsets(self._tokenizer, keeps_special=True).push(ids[added:])
 
     def _drawn_text(self, asked: PreparedText, completion: Completion) -> str:
         options = asked.body.options

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from rl.data.tokenizer import Tokenizer
 
 REPLACEMENT = "\ufffd"
+_BYTES_OF_CHARACTER = 4  # at most, in UTF-8
 
 
 class TextStream:
@@ -70,6 +71,44 @@ class TextStream:
         text = self._text[self._num_sent : end]
         self._num_sent = max(self._num_sent, end)
         return text
+
+
+class TextOffsets:
+    """The characters of a text that come before each of its tokens: those that the reader of the text sees.
+
+    A token in the middle of a character begins where the character does, and one without text where the next one does.
+
+    Args:
+      keeps_special: whether special tokens are part of the text. start: characters before the first token.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, keeps_special: bool = False, start: int = 0) -> None:
+        self._tokenizer, self._keeps_special, self._end = tokenizer, keeps_special, start
+        self._ids: list[int] = []  # the last ones; `num_known` of them, with `num_shown` characters, are in `end`
+        self._num_known = self._num_shown = 0
+
+    def push(self, token_ids: Iterable[int]) -> list[int]:
+        """The offsets of the tokens that come next."""
+        return [self._push(int(token)) for token in token_ids]
+
+    def _push(self, token: int) -> int:
+        before = self._decode(self._ids)
+        self._ids.append(token)
+        text = self._decode(self._ids)
+        pairs = zip(before, text, strict=False)
+        first = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(before), len(text)))
+        if text.endswith(REPLACEMENT):  # perhaps it is the next byte of the same character
+            first = min(first, len(text) - 1)
+        start = self._end + first - self._num_shown
+        if not text.endswith(REPLACEMENT) or len(self._ids) - self._num_known >= _BYTES_OF_CHARACTER:
+            self._end += max(0, len(text) - self._num_shown)
+            # A tokenizer may write the first word of a text otherwise, so what comes next is read behind this.
+            del self._ids[: self._num_known]
+            self._num_known, self._num_shown = len(self._ids), len(self._decode(self._ids))
+        return max(start, 0)
+
+    def _decode(self, token_ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(token_ids, skip_special_tokens=not self._keeps_special)
 
 
 def text_of(

@@ -190,6 +190,17 @@ def test_an_echoed_prompt_has_the_log_probs_of_the_weights_and_the_best_one_is_t
         assert not all(is_best)
         assert logprobs["tokens"][-1 - max_tokens] == f"token_id:{ids[-1]}"
         assert answer["choices"][0]["text"].startswith("a b")
+    bos, eos = served.tokenizer.backend.bos_token, served.tokenizer.backend.eos_token
+    for prompt in (f"a\u00e9{eos}\u20acb", served.tokenizer.encode("\u00e9 b")):
+        (choice,) = served.post("/v1/completions", prompt=prompt, echo=True, logprobs=0, max_tokens=5)["choices"]
+        text = choice["text"]
+        told = list(zip(choice["logprobs"]["tokens"], choice["logprobs"]["text_offset"], strict=True))
+        assert told[0] == (bos, 0), "what the server puts there is no text of the client's"
+        assert all(text[offset] == token for token, offset in told if len(token) == 1 and token != "\ufffd")
+        assert {text[offset] for token, offset in told[:-5] if token == "\ufffd"} <= {*"\u00e9\u20ac"}
+        assert all(text[offset:].startswith(eos) for token, offset in told[:-5] if token == eos)
+        assert [offset for token, offset in told[1:-5] if token == "b"] == [text.index("b")]
+        assert told[-5][1] == (len(prompt) if isinstance(prompt, str) else len("\u00e9 b"))
     streamed = served.stream("/v1/completions", max_tokens=1, **asked)
     parts = [
         event["choices"][0]["logprobs"]["token_logprobs"] for event in streamed if not event["choices"][0]["index"]

@@ -102,6 +102,7 @@ def sample(noise, step, number, words, num_tokens):
             {"role": "assistant", "content": "42"},
         ],
         "turn_rewards": [0.0, 1.0],
+        "turn_sequences": [0, 1],
     }
 
 
@@ -379,6 +380,7 @@ def test_tokens_tell_their_values_to_the_pointer_and_to_the_keys(page):
     page.check("input[name=colour][value=clipped]", force=True)
     assert page.locator(".token.boxed").count() == 1
     assert "[call]" in page.inner_text(".turns")
+    assert "assistant (sequence 2, reward 1)" in page.inner_text(".turns")
 
 
 def test_curves_compare_runs_and_follow_the_pointer_and_the_keys(page):

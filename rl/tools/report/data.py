@@ -29,7 +29,7 @@ _SHOWN: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("rewards", "logged"), (dict,)),
     **dict.fromkeys(("reward", "advantage"), _NUMBER),
     **dict.fromkeys(("finish_reason", "ended"), (str,)),
-    **dict.fromkeys(("messages", "unread", "turn_rewards", "turn_advantages", "failure"), (list,)),
+    **dict.fromkeys(("messages", "unread", "turn_rewards", "turn_advantages", "turn_sequences", "failure"), (list,)),
 }
 _OF_MESSAGES = ("prompt", "messages", "unread")
 

@@ -375,14 +375,17 @@ class SampleBrowser {
     return texts.join(" | ");
   }
 
-  /** The messages of an episode, with the reward of each turn. */
+  /** The messages of an episode, with the reward of each turn, and its sequence where there are several. */
   turns(sample) {
     if (!sample.messages?.length) return [];
     let turn = 0;
     const shown = [...sample.messages, ...(sample.unread ?? []).map((message) => ({ ...message, unread: true }))].map((message) => {
       const isTurn = message.role === "assistant";
-      const reward = isTurn ? sample.turn_rewards?.[turn++] : undefined;
-      const note = message.unread ? " (not read)" : reward === undefined || reward === null ? "" : ` (reward ${short(reward)})`;
+      const reward = isTurn ? sample.turn_rewards?.[turn] : undefined;
+      const sequence = isTurn ? sample.turn_sequences?.[turn++] : undefined;
+      const notes = [sequence === undefined ? "" : `sequence ${sequence + 1}`, reward === undefined || reward === null ? "" : `reward ${short(reward)}`];
+      const said = notes.filter(Boolean).join(", ");
+      const note = message.unread ? " (not read)" : said && ` (${said})`;
       return el("li", { class: isTurn ? "turn own" : "turn" }, el("b", {}, message.role + note), el("pre", {}, contentText(message)));
     });
     return [el("h4", {}, "Turns and tool calls"), el("ol", { class: "turns" }, shown)];
