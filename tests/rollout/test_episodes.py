@@ -19,6 +19,7 @@ from rl.config.load import load_config
 from rl.data.byte_tokenizer import ByteBackend
 from rl.data.tokenizer import Tokenizer
 from rl.grpo_trainer import train
+from rl.rollout import collector
 from rl.rollout.journal import StepJournal
 from rl.run.metrics import read_metrics, read_samples
 from rl.sampler.slot_session import SlotSession
@@ -372,14 +373,26 @@ def test_an_environment_may_begin_again_and_all_sequences_are_trained(folder):
         assert sample_main(["--replay", str(folder / "again"), *place]) == 0
 
 
-def test_a_run_without_data_plays_seeds_and_an_evaluation_the_same_ones_each_time_as_grpo_eval_does(folder):
-    """Also resumed with more steps."""
+def test_a_run_without_data_plays_seeds_and_an_evaluation_the_same_ones_each_time_as_grpo_eval_does(
+    folder, monkeypatch
+):
+    """Also resumed with more steps, and when it was asked to stop amid an evaluation, which the next start makes."""
     game = f"rollout.environment={folder / 'game.py'}:Seeded"
     held_out = ["data.eval_size=2", "grpo.prompts_per_step=2", "grpo.minibatches=1", "optimizer.lr=0.0", "eval.every=1"]
     turns = ["grpo.turn_advantages=all_turns", "grpo.turn_discount=0.5", "sampling.max_completion_length=10"]
     sets = ["eval.sets={again: {}, drawn: {samples: 2, max_prompts: 1}}"]
     overrides = [game, "rewards.functions=[]", *held_out, *turns, *sets, "data.source=null"]
-    start(folder, "evaluated", *overrides, "grpo.steps=1")
+    count, original = itertools.count(), collector.evaluate_set
+
+    def stop(*arguments):
+        if next(count) == 2:  # the first set after the first step
+            signal.raise_signal(signal.SIGINT)
+        return original(*arguments)
+
+    monkeypatch.setattr(collector, "evaluate_set", stop)
+    metrics, _ = start(folder, "evaluated", *overrides, "grpo.steps=1")
+    assert ["eval/prompts" in line for line in metrics] == [True, False]
+    assert next(count) == 3
     metrics, samples = start(folder, "evaluated", *overrides)
     assert [line["step"] for line in metrics if "loss" in line] == [1, 2]
     assert len({sample["prompt"] for sample in samples}) == 4, "each step has prompts of its own"
