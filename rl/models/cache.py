@@ -16,8 +16,9 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from rl.models import ops
+from rl.models import delta_rule, ops
 from rl.models.config import LayerShape, ModelConfig
+from rl.models.delta_rule import LayerState
 from rl.models.inputs import PADDING_GROUP, Inputs
 
 INT8_MAX = 127.0
@@ -35,14 +36,15 @@ class LayerKV(NamedTuple):
 
 @struct.dataclass
 class CachePart:
-    """The layers that have keys and values (`cached_layers`), and int32 labels [R, S] of every position (group -1:
-    empty).
+    """The layers that have keys and values (`cached_layers`), int32 labels [R, S] of every position (group -1: empty),
+    and the states of the layers that have one.
     """
 
     layers: tuple[LayerKV, ...]
     positions: jax.Array
     group_ids: jax.Array
     branch_ids: jax.Array
+    states: tuple[LayerState, ...] = ()
 
     @property
     def num_rows(self) -> int:
@@ -104,7 +106,14 @@ def empty_part(config: ModelConfig, num_rows: int, length: int, kv_dtype: str | 
             jnp.zeros(keys, jnp.int8), jnp.zeros(values, jnp.int8), jnp.zeros(scales, wide), jnp.zeros(scales, wide)
         )
 
+    def state() -> LayerState:
+        heads = (config.linear_num_value_heads, config.linear_key_head_dim, config.linear_value_head_dim)
+        conv = (num_rows, config.linear_conv_size - 1, config.linear_channels)
+        return LayerState(jnp.zeros((num_rows, *heads), ops.widen(dtype)), jnp.zeros(conv, dtype))
+
+    num_states = sum(config.layer_shape(i).is_recurrent for i in range(config.num_layers))
     return CachePart(
+        states=tuple(state() for _ in range(num_states)),
         layers=tuple(map(layer, cached_layers(config))),
         positions=jnp.zeros((num_rows, length), jnp.int32),
         group_ids=jnp.full((num_rows, length), PADDING_GROUP, jnp.int32),
@@ -156,10 +165,10 @@ def label_positions(cache: KVCache, inputs: Inputs) -> KVCache:
     return dataclasses.replace(cache, own=dataclasses.replace(cache.own, **labels))
 
 
-def cached_contexts(config: ModelConfig, inputs: Inputs, cache: KVCache) -> dict[str, ops.LayerContext]:
+def cached_contexts(config: ModelConfig, inputs: Inputs, cache: KVCache) -> dict[str, Any]:
     """{layer type: context} for new tokens and a cache in which their positions are already labelled."""
     labels, positions_BT = inputs.labels, inputs.positions_BT
-    contexts = {}
+    contexts = delta_rule.cached_context(config, inputs)
     for layer_type in ops.used_layer_types(config):
         window = ops.layer_window(config, layer_type)
         own_mask = _mask(labels, cache.own, window)
@@ -173,14 +182,16 @@ def cached_contexts(config: ModelConfig, inputs: Inputs, cache: KVCache) -> dict
     return contexts
 
 
-def layer_caches(config: ModelConfig, cache: KVCache) -> list[LayerCache | None]:
+def layer_caches(config: ModelConfig, cache: KVCache) -> list[LayerCache | LayerState | None]:
     """The cache by layer; None for layers that read the keys and values of another."""
     rows = tuple(shared.rows for shared in cache.shared)
     cached = iter(
         LayerCache(own, cache.cursors, tuple(shared.part.layers[i] for shared in cache.shared), rows)
         for i, own in enumerate(cache.own.layers)
     )
-    return [next(cached) if config.layer_shape(i).has_keys else None for i in range(config.num_layers)]
+    states = iter(cache.own.states)
+    shapes = map(config.layer_shape, range(config.num_layers))
+    return [next(cached) if shape.has_keys else next(states) if shape.is_recurrent else None for shape in shapes]
 
 
 def append(layer_cache: LayerCache, keys_BTKH: jax.Array, values_BTKH: jax.Array) -> LayerCache:
@@ -241,9 +252,11 @@ def attention_parts(layer_cache: LayerCache, context: ops.LayerContext) -> list[
     return parts
 
 
-def advance(cache: KVCache, layers: Sequence[LayerCache | None], num_tokens: int) -> KVCache:
-    """The cache with the layers' new keys and values, its cursors `num_tokens` further."""
-    own = dataclasses.replace(cache.own, layers=tuple(layer.own for layer in layers if layer is not None))
+def advance(cache: KVCache, layers: Sequence[LayerCache | LayerState | None], num_tokens: int) -> KVCache:
+    """The cache with the layers' new keys, values and states, its cursors `num_tokens` further."""
+    keys = tuple(layer.own for layer in layers if isinstance(layer, LayerCache))
+    states = tuple(layer for layer in layers if isinstance(layer, LayerState))
+    own = dataclasses.replace(cache.own, layers=keys, states=states)
     return dataclasses.replace(cache, own=own, cursors=cache.cursors + num_tokens)
 
 
@@ -255,14 +268,16 @@ def empty_value(name: str) -> int:
     return PADDING_GROUP if name == "group_ids" else 0
 
 
-def position_axis(name: str) -> int:
-    """The axis of cache positions in the arrays called `name`."""
-    return {"keys": 3, "values": 2, "key_scales": 2, "value_scales": 2}.get(name, 1)
+def position_axis(name: str) -> int | None:
+    """The axis of cache positions in the arrays called `name`; None: they belong to whole rows."""
+    return {"keys": 3, "values": 2, "key_scales": 2, "value_scales": 2, **dict.fromkeys(LayerState._fields)}.get(
+        name, 1
+    )
 
 
 def named_arrays(part: CachePart) -> list[tuple[str, Any]]:
-    """(name, array) of every array of the part: layer by layer, then the labels."""
-    layers = [pair for layer in part.layers for pair in layer._asdict().items() if pair[1] is not None]
+    """(name, array) of every array of the part: layer by layer, then the states, then the labels."""
+    layers = [pair for layer in (*part.layers, *part.states) for pair in layer._asdict().items() if pair[1] is not None]
     return [*layers, *((name, getattr(part, name)) for name in LABELS)]
 
 
@@ -272,12 +287,15 @@ def map_arrays(part: CachePart, function: Callable[[str, jax.Array], jax.Array])
         layer._replace(**{name: function(name, x) for name, x in layer._asdict().items() if x is not None})
         for layer in part.layers
     )
+    states = tuple(LayerState(*map(function, LayerState._fields, state)) for state in part.states)
     labels = {name: function(name, getattr(part, name)) for name in LABELS}
-    return dataclasses.replace(part, layers=layers, **labels)
+    return dataclasses.replace(part, layers=layers, states=states, **labels)
 
 
 def pad_positions(name: str, array: jax.Array, added: int) -> jax.Array:
-    """The array called `name` of a part with `added` empty positions at its end."""
+    """The array called `name` of a part with `added` empty positions at its end; one without positions as it is."""
+    if position_axis(name) is None:
+        return array
     padding = [(0, added if axis == position_axis(name) else 0) for axis in range(array.ndim)]
     return jnp.pad(array, padding, constant_values=empty_value(name))
 

@@ -22,9 +22,10 @@ ROPE_KINDS = ("none", "linear", "llama3", "yarn", "longrope", "proportional")
 FULL_ATTENTION = "full_attention"
 SLIDING_ATTENTION = "sliding_attention"
 WITHOUT_ROTARY = "_without_rotary"  # added to the type of a layer that has no rotary positions
+LINEAR_ATTENTION = "linear_attention"  # the type of a layer with a state in place of keys and values
 LAYER_TYPES = tuple(name + end for end in ("", WITHOUT_ROTARY) for name in (FULL_ATTENTION, SLIDING_ATTENTION))
 QUANTIZED_DTYPES = ("int8", "int4", "float8_e4m3fn")
-ATTENTION_AND_MLP = r"^layers_\d+/(self_attn|mlp)/\w+_proj/kernel$"
+ATTENTION_AND_MLP = r"^layers_\d+/(self_attn|linear_attn|mlp)/\w+_proj/kernel$"
 LARGEST_ID = 2**31 - 1
 # Far beyond every model. A larger number is a slip, or an attempt to make the reader allocate or loop without end.
 LARGEST = {
@@ -37,8 +38,17 @@ LARGEST = {
     "head_dim": 2**14,
     "max_position_embeddings": LARGEST_ID,
 }
+LARGEST_OF_STATES = {
+    "linear_num_key_heads": 2**14,
+    "linear_key_head_dim": 2**10,
+    "linear_num_value_heads": 2**14,
+    "linear_value_head_dim": 2**10,
+    "linear_conv_size": 64,
+}
 LARGEST_MODEL = 10**13  # parameters
 LAYER_SCALAR = "layer_scalar"  # the name of a parameter, which is not trained
+# Names of parameters of layers with a state: of the convolution, of the decay, and the scale of a gated norm.
+TAPS, A_LOG, DT_BIAS, GATED_SCALE = "taps", "A_log", "dt_bias", "weight"
 LORA_A, LORA_B = "lora_a", "lora_b"  # names of an adapter's two matrices, beside the "kernel" that they belong to
 
 
@@ -110,6 +120,7 @@ class LayerShape(NamedTuple):
       has_keys: whether it computes keys and values; otherwise it reads those of an earlier layer of its type.
       has_values: whether values have a projection of their own; otherwise they are the keys' projection.
       is_read: whether later layers read its keys and values.
+      is_recurrent: whether it has a state in place of keys and values.
     """
 
     head_dim: int
@@ -118,6 +129,7 @@ class LayerShape(NamedTuple):
     has_keys: bool = True
     has_values: bool = True
     is_read: bool = False
+    is_recurrent: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,9 +196,10 @@ class LoRAConfig:
 class ModelConfig:
     """One decoder architecture. Sizes are counts, `dtype` is the compute type, `param_dtype` the stored type.
 
-    `layer_types` names "full_attention" or "sliding_attention" for every layer; sliding layers see `sliding_window`
-    positions and use `rope_local_theta`. `remat` says what the backward pass computes again, see `ops.remat_options`.
-    `scan_layers` runs the layers of training as a loop, see `rl.models.scanned`.
+    `layer_types` names "full_attention", "sliding_attention" or "linear_attention" for every layer; sliding layers see
+    `sliding_window` positions and use `rope_local_theta`, linear ones have a state (`rl.models.delta_rule`). `remat`
+    says what the backward pass computes again, see `ops.remat_options`. `scan_layers` runs the layers of training as a
+    loop, see `rl.models.scanned`.
 
     `attention_bias` adds a bias to q, k and v, and to o where the family has one there. With `lora` the tree has
     adapters, and only they are trained. `quantization` says how the model's files are quantised; their weights stay as
@@ -206,6 +219,8 @@ class ModelConfig:
       double_wide_mlp: the MLP of these layers is twice as wide.
       per_layer_input_size: dims of the input of its own that each layer has; 0: none.
       per_layer_vocab_size: rows of the embedding table of these inputs.
+      linear_num_key_heads, linear_key_head_dim, linear_num_value_heads, linear_value_head_dim: of layers with a state.
+      linear_conv_size: the tokens that the convolution of such a layer reads, its own among them.
     """
 
     family: str
@@ -253,6 +268,11 @@ class ModelConfig:
     double_wide_mlp: bool = False
     per_layer_input_size: int = 0
     per_layer_vocab_size: int = 0
+    linear_num_key_heads: int = 0
+    linear_key_head_dim: int = 0
+    linear_num_value_heads: int = 0
+    linear_value_head_dim: int = 0
+    linear_conv_size: int = 0
 
     kind: ClassVar[str] = "decoder"
     has_own_kernel: ClassVar[bool] = False
@@ -398,6 +418,9 @@ class ModelConfig:
             head_dim = self.global_head_dim or head_dim
             kv_heads = self.num_global_kv_heads or kv_heads
         shares = self.kv_source(index) is not None
+        if self.layer_types[index] == LINEAR_ATTENTION:
+            sizes = self.linear_key_head_dim, self.linear_num_key_heads, self.intermediate_size
+            return LayerShape(*sizes, has_keys=False, has_values=False, is_recurrent=True)
         return LayerShape(
             head_dim,
             kv_heads,
@@ -417,6 +440,17 @@ class ModelConfig:
     def _is_read(self, index: int) -> bool:
         first, own = self._first_sharing, self.layer_types[index]
         return index < first and own in self.layer_types[first:] and own not in self.layer_types[index + 1 : first]
+
+    @property
+    def is_recurrent(self) -> bool:
+        """Whether a layer has a state in place of keys and values."""
+        return LINEAR_ATTENTION in self.layer_types
+
+    @property
+    def linear_channels(self) -> int:
+        """The channels of the convolution of a layer with a state: its queries, keys and values."""
+        keys = self.linear_num_key_heads * self.linear_key_head_dim
+        return 2 * keys + self.linear_num_value_heads * self.linear_value_head_dim
 
     @property
     def _first_sharing(self) -> int:
@@ -472,6 +506,7 @@ class ForeignConfig:
     # What differs from the toolkit's own decoder, under the names of `ModelConfig`.
     lora: ClassVar[None] = None
     scan_layers: ClassVar[bool] = False
+    is_recurrent: ClassVar[bool] = False
     has_own_kernel: ClassVar[bool] = True  # of attention
     takes_adapters: ClassVar[bool] = False
     has_known_names: ClassVar[bool] = False  # of parameters, which the patterns of base.yml match
@@ -506,6 +541,9 @@ def alternating_layer_types(num_layers: int, pattern: int) -> tuple[str, ...]:
 
 def default_layer_types(features: Family, num_layers: int, sliding_window: int | None) -> tuple[str, ...]:
     """The layers of a model that names none: which have a window, and which have no rotary positions."""
+    if features.has_states:
+        interval = features.state_interval
+        return tuple(FULL_ATTENTION if (i + 1) % interval == 0 else LINEAR_ATTENTION for i in range(num_layers))
     pattern = 1
     if sliding_window is not None:
         pattern = num_layers + 1 if features.window_everywhere else features.window_pattern or 1
@@ -621,22 +659,13 @@ def adaptable_modules(config: ModelConfig) -> list[str]:
 
 
 def _layer_specs(config: ModelConfig, shape: LayerShape) -> dict[str, Any]:
-    features, hidden, mlp, head_dim = config.features, config.hidden_size, shape.mlp_size, shape.head_dim
-    query, key = ("heads", "head_dim"), ("kv_heads", "head_dim")
-    query_shape, key_shape = (config.num_heads, head_dim), (shape.num_kv_heads, head_dim)
-    attention = {"q_proj": _dense_spec((hidden,), ("embed",), query_shape, query, config.attention_bias)}
-    for name, exists in (("k_proj", shape.has_keys), ("v_proj", shape.has_values)):
-        if exists:
-            attention[name] = _dense_spec((hidden,), ("embed",), key_shape, key, config.attention_bias)
-    attention["o_proj"] = _dense_spec(query_shape, query, (hidden,), ("embed",), config.output_bias)
-    if features.qk_norm:
-        heads = (config.num_heads, shape.num_kv_heads) if features.qk_norm_of_all else (1, 1)
-        attention["q_norm"] = _norm_spec(heads[0] * head_dim)
-        if shape.has_keys:
-            attention["k_norm"] = _norm_spec(heads[1] * head_dim)
+    features, hidden, mlp = config.features, config.hidden_size, shape.mlp_size
     norms = features.norms
     layer: dict[str, Any] = {name: _norm_spec(hidden) for name in norms[:1] if name}
-    layer["self_attn"] = attention
+    if shape.is_recurrent:
+        layer["linear_attn"] = _linear_attention_specs(config)
+    else:
+        layer["self_attn"] = _attention_specs(config, shape)
     layer |= {"post_attention_layernorm": _norm_spec(hidden)}
     layer["mlp"] = {
         "gate_proj": _dense_spec((hidden,), ("embed",), (mlp,), ("mlp",), config.mlp_bias),
@@ -654,6 +683,44 @@ def _layer_specs(config: ModelConfig, shape: LayerShape) -> dict[str, Any]:
     if features.layer_scalar:
         layer[LAYER_SCALAR] = ParameterSpec((1,), ("norm",))
     return layer
+
+
+def _attention_specs(config: ModelConfig, shape: LayerShape) -> dict[str, Any]:
+    features, hidden, head_dim = config.features, config.hidden_size, shape.head_dim
+    query, key = ("heads", "head_dim"), ("kv_heads", "head_dim")
+    query_shape, key_shape = (config.num_heads, head_dim), (shape.num_kv_heads, head_dim)
+    with_gate = (config.num_heads, 2 * head_dim if features.gated_attention else head_dim)
+    attention = {"q_proj": _dense_spec((hidden,), ("embed",), with_gate, query, config.attention_bias)}
+    for name, exists in (("k_proj", shape.has_keys), ("v_proj", shape.has_values)):
+        if exists:
+            attention[name] = _dense_spec((hidden,), ("embed",), key_shape, key, config.attention_bias)
+    attention["o_proj"] = _dense_spec(query_shape, query, (hidden,), ("embed",), config.output_bias)
+    if features.qk_norm:
+        heads = (config.num_heads, shape.num_kv_heads) if features.qk_norm_of_all else (1, 1)
+        attention["q_norm"] = _norm_spec(heads[0] * head_dim)
+        if shape.has_keys:
+            attention["k_norm"] = _norm_spec(heads[1] * head_dim)
+    return attention
+
+
+def _linear_attention_specs(config: ModelConfig) -> dict[str, Any]:
+    """Of a layer with a state. All heads are cut like kv heads, so that what belongs together stays together."""
+    hidden, size = config.hidden_size, config.linear_conv_size
+    keys = (config.linear_num_key_heads, config.linear_key_head_dim)
+    values = (config.linear_num_value_heads, config.linear_value_head_dim)
+    heads, one = ("kv_heads", "head_dim"), (values[0],)
+    outputs = {"q": keys, "k": keys, "v": values, "z": values, "b": one, "a": one}
+    return {
+        **{
+            f"{name}_proj": _dense_spec((hidden,), ("embed",), shape, heads[: len(shape)], False)
+            for name, shape in outputs.items()
+        },
+        "o_proj": _dense_spec(values, heads, (hidden,), ("embed",), False),
+        **{f"{name}_conv": {TAPS: ParameterSpec((*outputs[name], size), (*heads, None))} for name in "qkv"},
+        A_LOG: ParameterSpec(one, heads[:1]),
+        DT_BIAS: ParameterSpec(one, heads[:1]),
+        "norm": {GATED_SCALE: ParameterSpec(values[1:], ("norm",))},
+    }
 
 
 def _norm_spec(size: int) -> dict[str, ParameterSpec]:
@@ -750,7 +817,9 @@ def _check(config: ModelConfig) -> None:
             f"layer_types must name {config.num_layers} layers (num_layers), got {len(config.layer_types)}"
         )
     for layer_type in config.layer_types:
-        _check_choice("layer_types entry", layer_type, LAYER_TYPES)
+        _check_choice("layer_types entry", layer_type, (*LAYER_TYPES, LINEAR_ATTENTION))
+    if config.is_recurrent:
+        _check_recurrent(config)
     if any(map(has_window, config.layer_types)):
         if not features.has_windows:
             raise ValueError(
@@ -789,7 +858,7 @@ def _check(config: ModelConfig) -> None:
 
 
 def _check_rope(config: ModelConfig) -> None:
-    for layer_type in dict.fromkeys(config.layer_types):
+    for layer_type in dict.fromkeys(name for name in config.layer_types if name != LINEAR_ATTENTION):
         rotated, _, scaling = config.rope_of(layer_type)
         if rotated % 2 or rotated < 2:
             raise ValueError(f"rotary positions must rotate a whole number of pairs of each head, got {rotated} dims")
@@ -865,6 +934,23 @@ def _check_features(config: ModelConfig) -> None:
                 f"per_layer_vocab_size must be at least vocab_size, got {config.per_layer_vocab_size} and "
                 f"{config.vocab_size}"
             )
+
+
+def _check_recurrent(config: ModelConfig) -> None:
+    if not config.features.has_states:
+        raise ValueError(
+            f"{LINEAR_ATTENTION} layers are supported for {families_with('has_states')} only, got family "
+            f"{config.family}"
+        )
+    for name, limit in LARGEST_OF_STATES.items():
+        _check_positive(name, getattr(config, name))
+        if getattr(config, name) > limit:
+            raise ValueError(f"{name} must be at most {limit}, got {getattr(config, name)}")
+    if config.linear_num_value_heads % config.linear_num_key_heads:
+        raise ValueError(
+            "linear_num_value_heads must be a multiple of linear_num_key_heads, got "
+            f"{config.linear_num_value_heads} and {config.linear_num_key_heads}"
+        )
 
 
 def _check_targets(config: ModelConfig, lora: LoRAConfig) -> None:

@@ -79,6 +79,9 @@ class Family:
       has_multipliers: the model chooses factors of embedding, residual branches, scores and logits.
       attention_softcap, logit_softcap: the model may choose a soft cap of scores, of logits.
       layer_scalar: the output of a layer is multiplied by a number of the file, which is not trained.
+      has_states: the model has layers of type "linear_attention", gated delta rules.
+      state_interval: the default period of layers whose last has attention, where the others have a state.
+      gated_attention: q_proj gives, head by head, a query and the gate of what attention adds.
       mixed_layers: layers may differ in head size, kv heads and MLP, share keys and values, and have own inputs.
       activation, rope_theta: the defaults.
 
@@ -95,6 +98,7 @@ class Family:
       fused: {module of a file: the modules of a layer that it holds, one after the other}, as in transformers' class.
         Files with the separate modules are read, too.
       rope_by_type: config.json has rope_parameters for each type of layer.
+      rope_of_images: rope_parameters may say how the positions of images are divided, which concerns no text.
       maxtext: the layout of MaxText's checkpoints; None: they are not read for this family.
     """
 
@@ -126,6 +130,9 @@ class Family:
     attention_softcap: bool = False
     logit_softcap: bool = False
     layer_scalar: bool = False
+    has_states: bool = False
+    state_interval: int = 4
+    gated_attention: bool = False
     mixed_layers: bool = False
     activation: str = "silu"
     rope_theta: float = 10_000.0
@@ -141,6 +148,7 @@ class Family:
     kv_heads_default: bool = False
     fused: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     rope_by_type: bool = False
+    rope_of_images: bool = False
     maxtext: MaxTextLayout | None = None
 
     @property
@@ -166,6 +174,21 @@ _GEMMA4_KEYS = (
     *("global_head_dim", "num_global_key_value_heads", "attention_k_eq_v", "num_kv_shared_layers"),
     *("use_double_wide_mlp", "hidden_size_per_layer_input", "vocab_size_per_layer_input"),
 )
+_STATE_KEYS = (
+    *("linear_num_key_heads", "linear_key_head_dim", "linear_num_value_heads", "linear_value_head_dim"),
+    "linear_conv_kernel_dim",
+)
+_QWEN3_5_DEFAULTS = {
+    "vocab_size": 248_320,
+    "hidden_size": 4096,
+    "intermediate_size": 12_288,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "max_position_embeddings": 32_768,
+    **dict(zip(_STATE_KEYS, (16, 128, 32, 128, 4), strict=True)),
+}
 _GEMMA4_UNUSED_KEYS = ("enable_moe_block", "num_experts", "top_k_experts", "moe_intermediate_size")
 
 FAMILIES: dict[str, Family] = {
@@ -434,6 +457,32 @@ FAMILIES: dict[str, Family] = {
             "use_double_wide_mlp": False,
         },
         rope_by_type=True,
+    ),
+    "qwen3_5_text": Family(
+        norm_offset=1.0,
+        qk_norm=True,
+        rotary_share=0.25,
+        chooses_rotary_share=True,
+        has_states=True,
+        gated_attention=True,
+        architecture="Qwen3_5ForCausalLM",
+        nested_in=(("qwen3_5", "Qwen3_5ForConditionalGeneration"),),
+        nested_defaults=_QWEN3_5_DEFAULTS,
+        config_keys=("attention_bias", "layer_types", "partial_rotary_factor", *_STATE_KEYS),
+        known_keys=(
+            *("layer_types", "full_attention_interval", "attn_output_gate", "mamba_ssm_dtype", *_STATE_KEYS),
+            *("mtp_num_hidden_layers", "mtp_use_dedicated_embeddings"),
+        ),
+        config_defaults={key: _QWEN3_5_DEFAULTS[key] for key in ("head_dim", "num_key_value_heads", *_STATE_KEYS)},
+        fused={
+            "linear_attn.in_proj_qkv": ("linear_attn.q_proj", "linear_attn.k_proj", "linear_attn.v_proj"),
+            "linear_attn.in_proj_z": ("linear_attn.z_proj",),
+            "linear_attn.in_proj_b": ("linear_attn.b_proj",),
+            "linear_attn.in_proj_a": ("linear_attn.a_proj",),
+            "linear_attn.out_proj": ("linear_attn.o_proj",),
+            "linear_attn.conv1d": ("linear_attn.q_conv", "linear_attn.k_conv", "linear_attn.v_conv"),
+        },
+        rope_of_images=True,
     ),
 }
 

@@ -23,6 +23,7 @@ _MODELS = {
     "glm4": "GLM-4-0414",
     "exaone4": "EXAONE 4",
     "gemma4_text": "Gemma 4 E2B, E4B, 31B",
+    "qwen3_5_text": "Qwen3.5 dense, 0.8B to 27B",
 }
 
 
@@ -52,6 +53,8 @@ def _features(family: Family) -> list[str]:
         "four multipliers": family.has_multipliers,
         "own head size and kv heads of full layers, keys as values": family.mixed_layers,
         "inputs of each layer, shared keys and values, double-wide MLP": family.mixed_layers,
+        f"a gated delta rule in all but every {family.state_interval}. layer": family.has_states,
+        "attention gated": family.gated_attention,
         "fused matrices in files": bool(family.fused),
     }
     return [text for text, is_there in found.items() if is_there and text]
@@ -60,6 +63,7 @@ def _features(family: Family) -> list[str]:
 def _missing(family: Family) -> list[str]:
     """What does not work for the family."""
     found = {
+        "sampling, and so GRPO (`grpo sft` works)": family.has_states,
         "`model.attention: cudnn`": family.attention_softcap,
         "adapter files (export merges)": bool(family.fused),
         "`quantize --text` of E2B, E4B": family.mixed_layers,

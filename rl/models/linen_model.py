@@ -15,9 +15,19 @@ from jax.ad_checkpoint import checkpoint_name
 
 from rl.devices.mesh import RowExchange
 from rl.models import cache as kv
-from rl.models import ops, scanned
+from rl.models import delta_rule, ops, scanned
 from rl.models.block_attention import block_attention
-from rl.models.config import LAYER_SCALAR, LORA_A, LORA_B, LayerShape, ModelConfig
+from rl.models.config import (
+    A_LOG,
+    DT_BIAS,
+    GATED_SCALE,
+    LAYER_SCALAR,
+    LORA_A,
+    LORA_B,
+    TAPS,
+    LayerShape,
+    ModelConfig,
+)
 from rl.models.inputs import Inputs
 
 
@@ -100,7 +110,8 @@ class Attention(nn.Module):
         hidden = (config.hidden_size,)
         queries = (config.num_heads, shape.head_dim)
         keys = (shape.num_kv_heads, shape.head_dim)
-        self.q_proj = Projection(config, hidden, queries, config.attention_bias)
+        with_gate = (config.num_heads, 2 * shape.head_dim) if config.features.gated_attention else queries
+        self.q_proj = Projection(config, hidden, with_gate, config.attention_bias)
         if shape.has_keys:
             self.k_proj = Projection(config, hidden, keys, config.attention_bias)
         if shape.has_values:
@@ -117,7 +128,7 @@ class Attention(nn.Module):
         self, x_BTD: jax.Array, context: ops.LayerContext, layer_cache: kv.LayerCache | None = None
     ) -> tuple[jax.Array, Any]:
         config, features, shape = self.config, self.config.features, self.shape
-        q_BTNH = self.q_proj(x_BTD)
+        q_BTNH, gate_BTNH = ops.split_gate(self.q_proj(x_BTD), config)
         k_BTKH = self.k_proj(x_BTD) if shape.has_keys else None
         v_BTKH = self.v_proj(x_BTD) if shape.has_values else k_BTKH
         if features.qk_norm:
@@ -133,7 +144,65 @@ class Attention(nn.Module):
             k_BTKH = ops.apply_rope(k_BTKH, context.cos_BTH, context.sin_BTH, features.interleaved_rotary)
             kv_BTKH = (k_BTKH, v_BTKH)
         output_BTNH, carried = kv.attend(config, q_BTNH, kv_BTKH, context, layer_cache, shape.is_read)
+        output_BTNH = ops.gate_heads(output_BTNH, gate_BTNH)
         return checkpoint_name(self.o_proj(output_BTNH), ops.ATTENTION_OUTPUT), carried
+
+
+class Convolution(nn.Module):
+    """The taps of a convolution over each channel of `heads` heads."""
+
+    config: ModelConfig
+    heads: tuple[int, int]
+
+    def setup(self) -> None:
+        self.taps = _parameter(self, TAPS, (*self.heads, self.config.linear_conv_size))
+
+
+class GatedNorm(nn.Module):
+    """x / rms(x) over the last dim, times a scale and silu(z)."""
+
+    config: ModelConfig
+    size: int
+
+    def setup(self) -> None:
+        self.weight = _parameter(self, GATED_SCALE, (self.size,))
+
+    def __call__(self, x: jax.Array, z: jax.Array) -> jax.Array:
+        return delta_rule.gate_output(x, z, self.weight, self.config.norm_eps)
+
+
+class LinearAttention(nn.Module):
+    """A gated delta rule, over the tokens themselves or from a state on, see `rl.models.delta_rule`.
+
+    Gives the output and, where there was a state, the one after the tokens.
+    """
+
+    config: ModelConfig
+
+    def setup(self) -> None:
+        config, hidden = self.config, (self.config.hidden_size,)
+        keys = (config.linear_num_key_heads, config.linear_key_head_dim)
+        values = (config.linear_num_value_heads, config.linear_value_head_dim)
+        self.q_proj, self.k_proj = (Projection(config, hidden, keys, False) for _ in range(2))
+        self.v_proj, self.z_proj = (Projection(config, hidden, values, False) for _ in range(2))
+        self.b_proj, self.a_proj = (Projection(config, hidden, values[:1], False) for _ in range(2))
+        self.o_proj = Projection(config, values, hidden, False)
+        self.q_conv, self.k_conv, self.v_conv = (Convolution(config, heads) for heads in (keys, keys, values))
+        self.A_log = _parameter(self, A_LOG, values[:1])
+        self.dt_bias = _parameter(self, DT_BIAS, values[:1])
+        self.norm = GatedNorm(config, values[1])
+
+    def __call__(
+        self, x_BTD: jax.Array, context: delta_rule.PathContext, state: delta_rule.LayerState | None = None
+    ) -> tuple[jax.Array, Any]:
+        qkv = self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD)
+        taps = self.q_conv.taps, self.k_conv.taps, self.v_conv.taps
+        gates = delta_rule.Gates(self.A_log, self.dt_bias)
+        mixed_BTHV, state = delta_rule.mix(
+            self.config, qkv, self.a_proj(x_BTD), self.b_proj(x_BTD), taps, gates, context, state
+        )
+        output_BTD = self.o_proj(self.norm(mixed_BTHV, self.z_proj(x_BTD)))
+        return checkpoint_name(output_BTD, ops.ATTENTION_OUTPUT), state
 
 
 class MLP(nn.Module):
@@ -167,7 +236,10 @@ class Block(nn.Module):
         config, hidden = self.config, (self.config.hidden_size,)
         for name in filter(None, config.features.norms):
             setattr(self, name, RMSNorm(config, config.hidden_size))
-        self.self_attn = Attention(config, self.shape)
+        if self.shape.is_recurrent:
+            self.linear_attn = LinearAttention(config)
+        else:
+            self.self_attn = Attention(config, self.shape)
         self.mlp = MLP(config, self.shape.mlp_size)
         if config.per_layer_input_size:
             own = (config.per_layer_input_size,)
@@ -177,11 +249,10 @@ class Block(nn.Module):
         if config.features.layer_scalar:
             self.layer_scalar = _parameter(self, LAYER_SCALAR, (1,))
 
-    def __call__(
-        self, x_BTD: jax.Array, context: ops.LayerContext, layer_cache: kv.LayerCache | None = None
-    ) -> tuple[jax.Array, Any]:
+    def __call__(self, x_BTD: jax.Array, context: Any, layer_cache: Any = None) -> tuple[jax.Array, Any]:
         config, names = self.config, self.config.features.norms
-        attended_BTD, carried = self.self_attn(self._norm(names.before_attention, x_BTD), context, layer_cache)
+        mixer = self.linear_attn if self.shape.is_recurrent else self.self_attn
+        attended_BTD, carried = mixer(self._norm(names.before_attention, x_BTD), context, layer_cache)
         x_BTD = ops.add_residual(x_BTD, self._norm(names.after_attention, attended_BTD), config)
         mixed_BTD = self.mlp(self._norm(names.before_mlp, x_BTD))
         x_BTD = ops.add_residual(x_BTD, self._norm(names.after_mlp, mixed_BTD), config)
@@ -229,6 +300,7 @@ class CausalLM(nn.Module):
     def hidden(self, inputs: Inputs) -> jax.Array:
         """Final hidden states [B, T, D] of tokens that attend to one another."""
         contexts = ops.plain_contexts(self.config, inputs, self.attention_fn)
+        contexts = {**contexts, **delta_rule.plain_context(self.config, inputs)}
         x_BTD = self.embed_tokens(inputs.tokens_BT)
         x_BTD = x_BTD if self.exchange_fn is None else self.exchange_fn(x_BTD)
         layer_inputs = self._layer_inputs(x_BTD, inputs.tokens_BT)

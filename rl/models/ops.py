@@ -17,6 +17,9 @@ import numpy as np
 from flax import struct
 
 from rl.models.config import (
+    A_LOG,
+    DT_BIAS,
+    GATED_SCALE,
     LAYER_SCALAR,
     LAYER_TYPES,
     LORA_A,
@@ -139,7 +142,8 @@ def widen(dtype: Any) -> Any:
 def initial_value(config: ModelConfig, key: jax.Array, path: Sequence[str], shape: tuple[int, ...]) -> jax.Array:
     """The initial parameter at `path`, in `config.param_dtype`.
 
-    Matrices are normal with standard deviation `initializer_range`, biases are 0, norms the identity. An adapter's A is
+    Matrices are normal with standard deviation `initializer_range`, biases are 0, norms the identity. Decays of states
+    start at exp(A_log) uniform in (0, 16) and dt_bias 1. An adapter's A is
     uniform in +-1 / sqrt(inputs) and its B is 0, so that it starts as nothing (as in
     https://github.com/huggingface/peft). The draw depends on (key, path) only, so both twins, and any subset of the
     layers, draw the same numbers.
@@ -147,7 +151,8 @@ def initial_value(config: ModelConfig, key: jax.Array, path: Sequence[str], shap
     name = path[-1]
     if _is_drawn(name):
         return _draw(config, jax.random.fold_in(key, _path_hash(path)), name, shape)
-    value = {"scale": 1.0 - config.features.norm_offset, LAYER_SCALAR: 1.0}.get(name, 0.0)
+    ones = dict.fromkeys((LAYER_SCALAR, DT_BIAS, GATED_SCALE), 1.0)
+    value = {"scale": 1.0 - config.features.norm_offset, **ones}.get(name, 0.0)
     return jnp.full(shape, value, dtype_of(config.param_dtype))
 
 
@@ -158,10 +163,11 @@ def init_params(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
     """
     specs = list(flatten_specs(parameter_specs(config)))
     values: dict[tuple[str, ...], jax.Array] = {}
-    alike: dict[tuple[bool, tuple[int, ...]], list[tuple[str, ...]]] = {}
+    alike: dict[tuple[str, tuple[int, ...]], list[tuple[str, ...]]] = {}
     for path, spec in specs:
         if _is_drawn(path[-1]):
-            alike.setdefault((path[-1] == LORA_A, spec.shape), []).append(path)
+            kind = path[-1] if path[-1] in (LORA_A, A_LOG) else "normal"
+            alike.setdefault((kind, spec.shape), []).append(path)
         else:
             values[path] = initial_value(config, key, path, spec.shape)
     for (_, shape), paths in alike.items():
@@ -179,7 +185,7 @@ def init_params(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
 
 
 def _is_drawn(name: str) -> bool:
-    return name not in (LORA_B, "bias", "scale", LAYER_SCALAR)
+    return name not in (LORA_B, "bias", "scale", LAYER_SCALAR, DT_BIAS, GATED_SCALE)
 
 
 def _path_hash(path: Sequence[str]) -> int:
@@ -191,6 +197,8 @@ def _draw(config: ModelConfig, path_key: jax.Array, name: str, shape: tuple[int,
     if name == LORA_A:
         bound = float(np.prod(shape[:-1])) ** -0.5
         return jax.random.uniform(path_key, shape, widen(dtype), -bound, bound).astype(dtype)
+    if name == A_LOG:  # decays of very different speed, as in transformers' class
+        return jnp.log(jax.random.uniform(path_key, shape, widen(dtype), 1e-3, 16.0)).astype(dtype)
     return (config.initializer_range * jax.random.normal(path_key, shape, widen(dtype))).astype(dtype)
 
 
@@ -443,6 +451,19 @@ def gate_layer_input(gate_BTP: jax.Array, context: LayerContext, config: ModelCo
     """The layer's own input [B, T, P] times the activated gate."""
     assert context.layer_input_BTP is not None
     return activation(gate_BTP, config.activation) * context.layer_input_BTP
+
+
+def split_gate(q_BTNE: jax.Array, config: ModelConfig) -> tuple[jax.Array, jax.Array | None]:
+    """Queries [B, T, N, H] and, where attention is gated, the numbers of the gate, both from one projection."""
+    if not config.features.gated_attention:
+        return q_BTNE, None
+    q_BTNH, gate_BTNH = jnp.split(q_BTNE, 2, axis=-1)
+    return q_BTNH, gate_BTNH
+
+
+def gate_heads(x_BTNH: jax.Array, gate_BTNH: jax.Array | None) -> jax.Array:
+    """x times the sigmoid of the gate, where there is one."""
+    return x_BTNH if gate_BTNH is None else x_BTNH * jax.nn.sigmoid(gate_BTNH)
 
 
 def scale_queries(q_BTNH: jax.Array, context: LayerContext) -> jax.Array:

@@ -20,12 +20,13 @@ import jax
 import jax.numpy as jnp
 
 from rl.models import ops
-from rl.models.cache import LayerCache, LayerKV
+from rl.models.cache import LayerCache
 from rl.models.config import LayerShape, ModelConfig, parameter_specs
+from rl.models.delta_rule import LayerState
 from rl.models.quantized import chosen_matrices, is_quantized
 
 # (parameters of a layer, x [B, T, D], its context, its cache or None) -> (x [B, T, D], what goes on from the layer)
-ApplyLayer = Callable[[Any, jax.Array, ops.LayerContext, LayerCache | None], tuple[jax.Array, Any]]
+ApplyLayer = Callable[[Any, jax.Array, Any, LayerCache | LayerState | None], tuple[jax.Array, Any]]
 
 
 def is_scanned(config: ModelConfig, num_tokens: int) -> bool:
@@ -89,12 +90,12 @@ def scan_layers(
     run: Sequence[int],
     apply_layer: ApplyLayer,
     layers: Sequence[Any],
-    contexts: Mapping[str, ops.LayerContext],
-    caches: Sequence[LayerCache | None],
+    contexts: Mapping[str, Any],
+    caches: Sequence[LayerCache | LayerState | None],
     x_BTD: jax.Array,
     inputs_LBTP: jax.Array | None,
     read: Mapping[str, Any],
-) -> tuple[jax.Array, list[LayerCache | None], dict[str, Any]]:
+) -> tuple[jax.Array, list[LayerCache | LayerState | None], dict[str, Any]]:
     """Hidden states [B, T, D] after the layers of a run, the layers' caches, and `read` after them.
 
     Args:
@@ -120,7 +121,7 @@ def scan_layers(
         context = contexts[used[0]] if len(used) == 1 else jax.tree.map(lambda x: x[layer_type], stacked_contexts)
         context = context if input_BTP is None else dataclasses.replace(context, layer_input_BTP=input_BTP)
         x_BTD, carried = apply_layer(params, x_BTD, context, cache)
-        return x_BTD, carried if cache is None else carried.own
+        return x_BTD, carried.own if isinstance(cache, LayerCache) else carried
 
     remat = "none" if caches[0] is not None else config.remat  # with a cache there is no backward pass
     if remat != "none":
@@ -152,9 +153,12 @@ def scan_layers(
     return x_BTD, list(caches), dict(read)
 
 
-def _with_own(cache: LayerCache | None, own: LayerKV | None, index: int) -> LayerCache | None:
-    """The cache of layer `index` with its slice of the stacked keys and values."""
-    return None if cache is None else cache._replace(own=jax.tree.map(operator.itemgetter(index), own))
+def _with_own(cache: LayerCache | LayerState | None, own: Any, index: int) -> LayerCache | LayerState | None:
+    """The cache of layer `index` with its slice of the stacked keys and values, or states."""
+    if cache is None:
+        return None
+    own = jax.tree.map(operator.itemgetter(index), own)
+    return cache._replace(own=own) if isinstance(cache, LayerCache) else own
 
 
 def _stack(config: ModelConfig, leaves: Sequence[Any]) -> Any:

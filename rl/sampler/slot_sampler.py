@@ -98,7 +98,7 @@ class Sampler:
         size (see `rl.models.quantized`). None: the parameters themselves are read.
 
     Raises:
-      ValueError: there are fewer slots than shards of rows on this mesh.
+      ValueError: there are fewer slots than shards of rows on this mesh, or the model has layers with a state.
     """
 
     def __init__(
@@ -117,6 +117,11 @@ class Sampler:
         kv_dtype: str | None = None,
         weights: Quantization | None = None,
     ) -> None:
+        if policy.config.is_recurrent:
+            raise ValueError(
+                f"model.source must be a model whose layers all have attention, got one of {policy.config.family}: the "
+                "sampler does not serve layers with a state yet; grpo sft trains such a model"
+            )
         convert: Callable[[Params], Params] = lambda params: params  # noqa: E731
         shardings = param_shardings if decode_shardings is None else decode_shardings
         if weights is not None:

@@ -43,13 +43,18 @@ NAMES = sorted(path.name for path in GOLDEN.iterdir())
 # keys as values, per-layer inputs with shared keys and values.
 COVERING = {
     *("ministral3", "smollm3", "phi3_longrope_long", "olmo3", "gemma2", "granite4_dense", "glm4", "gemma4_dense"),
-    *("gemma4_e", "exaone4"),
+    *("gemma4_e", "exaone4", "qwen3_5"),
 }
 
 
 def cases(covering):
     """All golden models; those beyond `covering` are long."""
     return [pytest.param(name, marks=() if name in covering else pytest.mark.long) for name in NAMES]
+
+
+def drawn_cases(covering):
+    """Those that the sampler draws from."""
+    return [case for case in cases(covering) if not hf.read_config(GOLDEN / case.values[0]).is_recurrent]
 
 
 @functools.cache
@@ -107,8 +112,13 @@ def assert_close(got, expected, tolerance):
 
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("float64", marks=pytest.mark.long)])
 @pytest.mark.parametrize("name", cases(COVERING))
-def test_packed_rows_with_a_shared_prompt_give_the_logprobs_of_transformers(name, dtype):
+def test_packed_rows_with_a_shared_prompt_give_the_logprobs_of_transformers(name, dtype, request):
     expected = expected_of(name)
+    if (name, dtype) == ("qwen3_5", "float64"):
+        # Measured: 5.4e-5 at one of 447 places, 2.2e-5 at another. transformers computes norms in float32 even then,
+        # and rounding them otherwise moves the same places by up to 1e-4. test_delta_rule.py compares at 1e-11.
+        reason = "the expected values are not exact to 2e-5 where transformers rounds norms to float32"
+        request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
     with jax.enable_x64(dtype == "float64"):
         config, params = golden(name, dtype)
         inputs, groups_T, positions_T = shared_rows(name)
@@ -183,7 +193,7 @@ def rules_of(length, temperature=0.0):
 
 
 # In float64 where the weights are random and of eight layers: there rounding to float32 grows to 1e-6 and more.
-@pytest.mark.parametrize("name", cases({"phi3_longrope_short", "smollm3", "gemma4_e"}))
+@pytest.mark.parametrize("name", drawn_cases({"phi3_longrope_short", "smollm3", "gemma4_e"}))
 def test_the_sampler_continues_greedily_as_transformers_and_its_logprobs_are_the_trainers(name):
     is_wide = name == "gemma4_e"
     with jax.enable_x64(is_wide):

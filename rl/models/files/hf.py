@@ -24,7 +24,10 @@ from rl.errors import missing
 from rl.files.json_file import briefly, check_files, read_object, shown
 from rl.files.stores import local_copy
 from rl.models.config import (
+    A_LOG,
+    DT_BIAS,
     LAYER_SCALAR,
+    TAPS,
     ModelConfig,
     ParameterSpec,
     base_specs,
@@ -53,10 +56,10 @@ _RULE = "a Hugging Face folder or a hub id that this machine can reach"
 # {what: the tensors of a folder that the text model does not compute}, under the names of a text model.
 _UNREAD = {
     "images": (
-        r"(model\.)?(vision_tower|vision_model|vision_encoder|multi_modal_projector|embed_vision|patch_merger)\..+"
+        r"(model\.)?(visual|vision_tower|vision_model|vision_encoder|multi_modal_projector|embed_vision|patch_merger)\..+"
     ),
     "audio": r"(model\.)?(audio_tower|embed_audio)\..+",
-    "the prediction of several tokens": r"(model\.)?mtp\..+",
+    "the prediction of several tokens": r"(model\.)?mtp\b.+",
 }
 # How multimodal files begin the names of their text model: the newer and the older form.
 _TEXT_PREFIXES = {"model.language_model.": "model.", "language_model.": ""}
@@ -208,7 +211,7 @@ def skipped_messages(folder: pathlib.Path, locations: Mapping[str, pathlib.Path]
 
 def _of_text(found: Mapping[str, pathlib.Path], config: ModelConfig) -> Locations:
     """The tensors under the names of a text model, without those that it does not compute."""
-    shared = [i for i in range(config.num_layers) if not config.layer_shape(i).has_keys]
+    shared = [i for i in range(config.num_layers) if config.kv_source(i) is not None]
     unread = dict(_UNREAD)
     if shared:
         layers = "|".join(map(str, shared))
@@ -269,10 +272,10 @@ class FusedPart(NamedTuple):
 def fused_part(config: ModelConfig, path: tuple[str, ...]) -> FusedPart | None:
     """Where a matrix lies in the files of its family's class; None: it is a tensor of its own."""
     module = ".".join(path[1:-1])
-    for fused, modules in config.features.fused.items() if path[-1] == "kernel" else ():
+    for fused, modules in config.features.fused.items() if path[-1] in ("kernel", TAPS) else ():
         if module in modules:
             sizes = [
-                _stored_shape((*other, "kernel"), spec_at(config, (*other, "kernel")).shape)[0]
+                _stored_shape((*other, path[-1]), spec_at(config, (*other, path[-1])).shape)[0]
                 for other in ((path[0], *name.split(".")) for name in modules)
             ]
             i = modules.index(module)
@@ -292,7 +295,7 @@ def _stored_tensors(
     for path, spec in flatten_specs(base_specs(config)):
         name, shape = tensor_name(path), _stored_shape(path, spec.shape)
         if name not in locations and quantization is None and (part := fused_part(config, path)) is not None:
-            tensors[part.name] = ((part.total, shape[1]), FLOAT_TYPES)
+            tensors[part.name] = ((part.total, *shape[1:]), FLOAT_TYPES)
             continue
         if quantization is None or not is_chosen(config, quantization, path):
             tensors[name] = (shape, FLOAT_TYPES)
@@ -328,7 +331,7 @@ def tensor_name(path: tuple[str, ...]) -> str:
     """The Hugging Face name of the parameter at `path`."""
     *modules, leaf = path
     modules = [re.sub(r"^layers_(\d+)$", r"layers.\1", module) for module in modules]
-    suffix = leaf if leaf in ("bias", LAYER_SCALAR) else "weight"
+    suffix = leaf if leaf in ("bias", LAYER_SCALAR, A_LOG, DT_BIAS) else "weight"
     prefix = [] if modules[0] == "lm_head" else ["model"]
     return ".".join([*prefix, *modules, suffix])
 
@@ -338,6 +341,8 @@ def _stored_shape(path: tuple[str, ...], shape: tuple[int, ...]) -> tuple[int, .
     if path[-1] == "kernel":
         num_input_dims = len(shape) - 1 if path[-2] == "o_proj" else 1
         return (math.prod(shape[num_input_dims:]), math.prod(shape[:num_input_dims]))
+    if path[-1] == TAPS:
+        return (math.prod(shape[:-1]), 1, shape[-1])
     return shape if path[-1] == "embedding" else (math.prod(shape),)
 
 
@@ -543,7 +548,7 @@ def _write_weights(
                 tensors |= stored_form(value, path)
                 continue
             (rows,) = stored_form(value, path).values()
-            whole = tensors.setdefault(part.name, np.empty((part.total, rows.shape[1]), rows.dtype))
+            whole = tensors.setdefault(part.name, np.empty((part.total, *rows.shape[1:]), rows.dtype))
             whole[part.start : part.start + part.size] = rows
         save_tensors(folder / name, tensors)
         weight_map |= dict.fromkeys(tensors, name)

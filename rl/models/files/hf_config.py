@@ -5,6 +5,7 @@ maths is ignored. Weights are in `rl.models.files.hf`. Imports no jax.
 """
 
 import dataclasses
+import math
 import pathlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -15,6 +16,8 @@ from rl.models.config import (
     FULL_ATTENTION,
     LARGEST,
     LARGEST_ID,
+    LARGEST_OF_STATES,
+    LINEAR_ATTENTION,
     QUANTIZED_DTYPES,
     SLIDING_ATTENTION,
     WITHOUT_ROTARY,
@@ -54,9 +57,15 @@ _ONLY_AT = {
     "num_local_experts": (0,),
     "enable_moe_block": (False,),
     "use_bidirectional_attention": (False, "vision"),  # "vision": of images, of which there are none here
+    "attn_output_gate": (True,),
+    "mamba_ssm_dtype": ("float32",),
     "resid_pdrop": (0, 0.0),
     "embd_pdrop": (0, 0.0),
 }
+
+# {key of config.json: attribute of `ModelConfig`}
+_STATE_SIZES = {name: name for name in LARGEST_OF_STATES if name != "linear_conv_size"}
+_STATE_SIZES |= {"linear_conv_kernel_dim": "linear_conv_size"}
 
 ACTIVATION_NAMES = {
     "silu": "silu",
@@ -182,6 +191,7 @@ def config_json(config: ModelConfig, dtype: str) -> dict[str, Any]:
         "num_kv_shared_layers": config.num_kv_shared_layers,
         "use_double_wide_mlp": config.double_wide_mlp,
         "hidden_size_per_layer_input": config.per_layer_input_size,
+        **{key: getattr(config, name) for key, name in _STATE_SIZES.items()},
     }
     if config.per_layer_input_size:
         of_family["vocab_size_per_layer_input"] = config.per_layer_vocab_size
@@ -293,6 +303,8 @@ def text_config(raw: Mapping[str, Any]) -> Mapping[str, Any]:
 def _of_features(raw: Fields, fields: Fields, features: Family) -> dict[str, Any]:
     """What few families have, under the names of `ModelConfig`."""
     found: dict[str, Any] = {"attention_multiplier": features.attention_multiplier}
+    if features.has_states:
+        found |= {name: fields.whole(key, 1, LARGEST_OF_STATES[name]) for key, name in _STATE_SIZES.items()}
     if features.has_multipliers:
         names = ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling")
         numbers = {name: fields.number(name, 0, _LARGEST_NUMBER) for name in names}
@@ -442,10 +454,12 @@ def _layer_types(fields: Fields, family: str, num_layers: int) -> tuple[str, ...
         layer_types = tuple(fields.texts("layer_types"))
         if not features.has_windows and SLIDING_ATTENTION in layer_types:
             raise ValueError(f"layer_types with {SLIDING_ATTENTION!r} is not supported for {family}")
-        if unknown := sorted(set(layer_types) - {FULL_ATTENTION, SLIDING_ATTENTION}):
-            raise ValueError(
-                f"layer_types entry must be one of {FULL_ATTENTION}, {SLIDING_ATTENTION}, got {unknown[0]!r}"
-            )
+        known = (FULL_ATTENTION, SLIDING_ATTENTION if not features.has_states else LINEAR_ATTENTION)
+        if unknown := sorted(set(layer_types) - set(known)):
+            raise ValueError(f"layer_types entry must be one of {', '.join(known)}, got {unknown[0]!r}")
+    elif features.has_states:
+        interval = fields.whole("full_attention_interval", 1, LARGEST["num_layers"], features.state_interval)
+        layer_types = tuple(FULL_ATTENTION if (i + 1) % interval == 0 else LINEAR_ATTENTION for i in range(num_layers))
     elif features.window_pattern is not None:
         layer_types = _from_pattern(fields, features, num_layers, window)
     else:
@@ -592,13 +606,14 @@ def _rope_scaling(parameters: Fields, fields: Fields, family: str) -> RopeScalin
     features = FAMILIES[family]
     key = "rope_type" if parameters.has("rope_type") else "type"
     kind = parameters.values.get(key)
-    if features.chooses_rotary_share and not features.interleaved_rotary and kind in ("su", "yarn"):
+    if "original_max_position_embeddings" in features.config_keys and kind in ("su", "yarn"):
         kind = "longrope"  # what Phi-3's files called it at first
     else:
         kind = parameters.choice(key, _ROPE_KEYS, "default")
     if kind == "proportional" and not features.rope_by_type:
         raise parameters.refuse(key, f"another type for {family}")
     read = {"rope_type", "type", "rope_theta", *_ROPE_KEYS[kind]}
+    read |= {"mrope_section", "mrope_interleaved"} if features.rope_of_images else set()
     read |= {"partial_rotary_factor"} if features.chooses_rotary_share else set()
     read |= {"llama_4_scaling_beta", "max_position_embeddings"} if features.scales_query_by_position else set()
     rotary_share = fields.values["partial_rotary_factor"]
@@ -652,6 +667,14 @@ def _numbers(fields: Fields, key: str) -> tuple[float, ...]:
 
 def _rope_json(config: ModelConfig) -> dict[str, Any]:
     """Theta and scaling in the older form, or by type of layer where transformers' class reads no other."""
+    if config.features.rope_of_images:
+        pairs = config.rotary_dim // 2
+        time, height = math.ceil(pairs / 3), math.ceil((pairs - math.ceil(pairs / 3)) / 2)
+        parameters = _rope_scaling_json(config.rope_scaling) or {"rope_type": "default"}
+        parameters |= {"rope_theta": config.rope_theta, "partial_rotary_factor": config.rotary_dim / config.head_dim}
+        # In a text all three positions of a token are the same, so that any division of the pairs gives the same.
+        parameters |= {"mrope_interleaved": True, "mrope_section": [time, height, pairs - time - height]}
+        return {"rope_parameters": parameters}
     if not config.features.rope_by_type:
         return {"rope_theta": config.rope_theta, "rope_scaling": _rope_scaling_json(config.rope_scaling)}
     by_type = {}
