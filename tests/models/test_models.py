@@ -550,7 +550,12 @@ def test_scanned_layers_give_the_hidden_states_and_gradients_of_unrolled_ones(fa
 
 
 @pytest.mark.parametrize(
-    ("family", "num_layers", "kv_dtype"), [("llama", 2, "int8"), ("qwen2", 4, None), ("gemma3_text", 2, None)]
+    ("family", "num_layers", "kv_dtype"),
+    [
+        ("qwen2", 4, "int8"),
+        ("gemma3_text", 2, None),
+        *(pytest.param(*case, marks=pytest.mark.long) for case in (("llama", 2, "int8"), ("qwen2", 4, None))),
+    ],
 )
 def test_a_scanned_prefill_gives_the_hidden_states_and_the_cache_of_an_unrolled_one(family, num_layers, kv_dtype):
     """Two pieces after a common prefix that all rows share; then a token alone, which no loop runs over."""

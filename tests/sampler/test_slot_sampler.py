@@ -264,7 +264,9 @@ def test_float32_logprobs_are_those_of_the_full_forward_pass_and_flavours_agree_
     assert differences.max() <= 1e-4
 
 
-@pytest.mark.parametrize(("family", "pure_nnx"), [("gemma3_text", True), ("llama", False)])
+@pytest.mark.parametrize(
+    ("family", "pure_nnx"), [("gemma3_text", True), pytest.param("llama", False, marks=pytest.mark.long)]
+)
 def test_float64_logprobs_are_those_of_the_full_forward_pass_to_ten_digits(family, pure_nnx):
     with jax.enable_x64(True):
         setup = build(family, pure_nnx, dtype="float64", param_dtype="float64")
@@ -561,7 +563,7 @@ def test_dropping_idle_slots_changes_nothing(qwen):
         ("qwen3", False, ("mesh.fsdp=8",), 8),
         pytest.param("qwen3", True, ("mesh.data=2", "mesh.tensor=4"), 4, marks=pytest.mark.long),
         ("qwen2", False, ("mesh.data=4", "mesh.tensor=2"), 16),
-        ("llama", True, ("mesh.data=2", "mesh.fsdp=4"), 16),
+        pytest.param("llama", True, ("mesh.data=2", "mesh.fsdp=4"), 16, marks=pytest.mark.long),
         ("gemma3_text", False, ("mesh.fsdp=2", "mesh.tensor=4"), 4),
     ],
 )
@@ -662,7 +664,7 @@ def test_an_int8_cache_is_a_quarter_and_its_log_probs_stay_close(qwen):
     ("mesh", "weights"),
     [
         ((), Quantization("int8", head=True)),
-        ((), Quantization("float8_e4m3fn")),
+        pytest.param((), Quantization("float8_e4m3fn"), marks=pytest.mark.long),
         (("mesh.fsdp=2", "mesh.tensor=2", "mesh.data=2"), Quantization("int4", 4, head=True)),
     ],
 )
@@ -854,7 +856,7 @@ def test_nothing_is_compiled_after_warm_up_whatever_the_lengths(qwen, monkeypatc
     assert lengths == {16, 32}, "the cache grew"
 
 
-@pytest.mark.parametrize("company", ["one_device", "eight_devices"])
+@pytest.mark.parametrize("company", [pytest.param("one_device", marks=pytest.mark.long), "eight_devices"])
 def test_warm_up_alone_is_enough_for_prompts_and_completions_of_every_length(company, qwen, sharded_qwen):
     lengths, rng = range(1, 9), np.random.default_rng(2)
     prompts = [rng.integers(3, VOCAB, length).tolist() for length in lengths]
