@@ -2,6 +2,7 @@
 
 In: requests on standard input. Out: replies on standard output (frames of `rewards.protocol`). Code of the user runs in
 the main thread, inside an event loop: plain functions one at a time, async ones at the same time. It never imports jax.
+What the user's code gets are copies, so that nothing it changes in a row, a turn or a call is told as what was there.
 
     {"op": "load", "environments": {name: "file.py:Class"}, "tools": [...], "format": f,
         "wants_schemas": whether to read those of the tools, "path": [...],
@@ -20,6 +21,7 @@ failed is forgotten, and so is one that is finished.
 
 import asyncio
 import contextlib
+import copy
 import dataclasses
 import hashlib
 import sys
@@ -251,7 +253,7 @@ class _Worker:
         player = episode.player
         if request["op"] == "begin":
             how = (request["expects"],) if isinstance(player, AgentPlayer) else ()
-            prompt = checked_prompt(await player.reset(request["row"], request["seed"], *how))
+            prompt = checked_prompt(await player.reset(copy.deepcopy(request["row"]), request["seed"], *how))
             return _Done(prompt, tools=_tools_of(player))
         if request["op"] == "step":
             return await self._step(request, episode)
@@ -283,7 +285,7 @@ class _Worker:
         if isinstance(episode.player, AgentPlayer):
             return await self._answer_agent(action, episode.player, episode, request)
         if not functions and not episode.kind.has_own_tools:
-            return _stepped(await episode.player.step(action), action, [], 0, 0)
+            return _stepped(await episode.player.step(copy.deepcopy(action)), action, [], 0, 0)
         turn = self._parse(text)
         ids = [_call_id(episode.seed, episode.num_turns, place) for place in range(len(turn.calls))]
         made = [(one, call_id) for one, call_id in zip(turn.calls, ids, strict=True) if one.problem is None]
@@ -295,7 +297,7 @@ class _Worker:
         asked = asked if episode.kind.has_own_tools else [*zip(turn.calls, ids, strict=True)]
         observations, num_bad = await answers([one for one, _ in asked], [call_id for _, call_id in asked], functions)
         is_for_player = not turn.calls or (episode.kind.has_own_tools and bool(made))
-        step = await episode.player.step(action) if is_for_player else Step()
+        step = await episode.player.step(copy.deepcopy(action)) if is_for_player else Step()
         return _stepped(step, action, observations, len(turn.calls), num_bad)
 
     async def _answer_agent(
@@ -381,7 +383,7 @@ def _stepped(step: Step, action: Message, observations: list[Message], num_calls
 def _told_calls(calls: Sequence[tuple[Call, str]]) -> list[dict[str, Any]]:
     """The field `tool_calls` of a turn. calls: with their ids."""
     return [
-        {"type": "function", "id": call_id, "function": {"name": one.name, "arguments": one.arguments}}
+        {"type": "function", "id": call_id, "function": {"name": one.name, "arguments": copy.deepcopy(one.arguments)}}
         for one, call_id in calls
     ]
 

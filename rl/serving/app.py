@@ -156,6 +156,7 @@ def create_app(
             except Exception:
                 metrics.note(path, 500, time.monotonic() - start)
                 raise
+            response.headers["x-request-id"] = f"req_{secrets.token_hex(12)}"  # which clients tell of what went wrong
             if not isinstance(response, _Streamed):
                 metrics.note(path, response.status_code, time.monotonic() - start)
             else:

@@ -22,7 +22,7 @@ GUESS = '''
 
         def step(self, message):
             self.turns += 1
-            guess = int(message["content"])
+            guess = int(message.pop("content"))  # its own copy of the turn
             if guess == self.number:
                 return Step(reward=1.0 / self.turns, done=True, metrics={"turns": self.turns})
             hint = "higher" if guess < self.number else "lower"
@@ -61,6 +61,14 @@ TOOLS = '''
             b: by what
         """
         return a / b
+
+    def last(items: list[int]) -> int:
+        """Takes the last number away.
+
+        Args:
+            items: the numbers
+        """
+        return items.pop()
 '''
 
 

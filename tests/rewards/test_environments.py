@@ -102,30 +102,36 @@ def test_an_episode_that_hangs_or_dies_is_ended_and_the_others_are_played_again(
 
 # Tools.
 
+TOOL_NAMES = ["add", "double", "divide", "last"]
+
 
 def test_tools_answer_calls_in_their_order_and_tell_the_policy_what_is_wrong(write):
     tools = write(TOOLS)
-    with start(tools=[tools("add"), tools("double"), tools("divide")], tool_format="hermes") as runner:
-        assert [schema["function"]["name"] for schema in runner.tools] == ["add", "double", "divide"]
+    with start(tools=[*map(tools, TOOL_NAMES)], tool_format="hermes") as runner:
+        assert [schema["function"]["name"] for schema in runner.tools] == TOOL_NAMES
         assert runner.forms == {"tools": "tools"}
         assert ask(runner, 0, "begin", {"prompt": QUESTION}, 5).messages == QUESTION
         calls = [hermes("double", a=4), hermes("add", a=1, b=2), hermes("divide", a=1, b=0), hermes("multiply", a=1)]
+        calls.append(hermes("last", items=[1, 2]))
         reply = ask(runner, 0, "step", "Let me see.\n" + "\n".join(calls) + "<tool_call>{</tool_call>")
         assert [message["content"] for message in reply.messages[:3]] == ["8", "3", "{'error': 'division by zero'}"]
-        assert "there is no tool 'multiply'; tools are add, double, divide" in reply.messages[3]["content"]
-        assert reply.messages[4]["name"] == "unknown"
-        assert "the call is no JSON object" in reply.messages[4]["content"]
-        assert (reply.num_tool_calls, reply.num_bad_tool_calls, reply.done) == (5, 3, False)
+        assert "there is no tool 'multiply'; tools are add, double, divide, last" in reply.messages[3]["content"]
+        assert reply.messages[4]["content"] == "2"
+        assert reply.action["tool_calls"][4]["function"]["arguments"] == {"items": [1, 2]}, "a tool got a copy"
+        assert reply.messages[5]["name"] == "unknown"
+        assert "the call is no JSON object" in reply.messages[5]["content"]
+        assert (reply.num_tool_calls, reply.num_bad_tool_calls, reply.done) == (6, 3, False)
         assert reply.action["content"].startswith("Let me see.")
         assert [call["function"]["name"] for call in reply.action["tool_calls"]] == [
             "double",
             "add",
             "divide",
             "multiply",
+            "last",
         ]
         ids = [call["id"] for call in reply.action["tool_calls"]]
-        assert [message["tool_call_id"] for message in reply.messages[:4]] == ids
-        assert len({*ids}) == 4
+        assert [message["tool_call_id"] for message in reply.messages[:5]] == ids
+        assert len({*ids}) == 5
         last = ask(runner, 0, "step", "It is 8.")
         assert (last.done, last.messages, last.num_tool_calls) == (True, [], 0)
         assert last.action == {"role": "assistant", "content": "It is 8."}

@@ -588,6 +588,10 @@ def test_the_client_of_openai_reads_answers_streams_and_errors(served):
             assert text == whole.choices[0].message.content
             assert chunks[-1].usage == whole.usage
             assert len(whole.choices[0].logprobs.content) == whole.usage.completion_tokens
+            raw = await client.chat.completions.with_raw_response.create(**chat)
+            assert raw.parse().choices[0].message == whole.choices[0].message
+            assert whole._request_id.startswith("req_")
+            assert whole._request_id != raw.request_id
             called = await client.chat.completions.create(**chat, tools=[TOOL], tool_choice=named)
             assert called.choices[0].message.content.startswith('<tool_call>\n{"name": "add"')
             texts = await client.completions.create(model="tiny", prompt=["a", "b"], max_tokens=3, n=2)
@@ -596,6 +600,7 @@ def test_the_client_of_openai_reads_answers_streams_and_errors(served):
             with pytest.raises(openai.BadRequestError, match="response_format is not supported") as raised:
                 await client.chat.completions.create(**chat, response_format={"type": "json_object"})
             assert raised.value.param == "response_format"
+            assert raised.value.request_id.startswith("req_")
             with pytest.raises(openai.NotFoundError, match="no embeddings"):
                 await client.embeddings.create(model="tiny", input="a")
 
