@@ -63,7 +63,6 @@ def _features(family: Family) -> list[str]:
 def _missing(family: Family) -> list[str]:
     """What does not work for the family."""
     found = {
-        "sampling, and so GRPO (`grpo sft` works)": family.has_states,
         "`model.attention: cudnn`": family.attention_softcap,
         "adapter files (export merges)": bool(family.fused),
         "`quantize --text` of E2B, E4B": family.mixed_layers,

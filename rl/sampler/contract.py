@@ -156,13 +156,15 @@ class DrawPrograms(NamedTuple):
 
     Attributes:
       programs: whose first argument is the weights they read.
-      cache_bytes: of keys and values at their largest, on the device that holds most of them.
+      cache_bytes: of keys, values and states at their largest, on the device that holds most of them.
       bytes_per_position: of one cache position on that device; 0 where it is not known.
+      bytes_per_row: of the states of one row on that device, for a model that has some.
     """
 
     programs: list[DrawProgram]
     cache_bytes: int
     bytes_per_position: int
+    bytes_per_row: int = 0
 
 
 class DrawSession(Protocol):

@@ -30,6 +30,7 @@ from rl.models.cache import (
     rope_tables,
     share_evenly,
 )
+from rl.models.delta_rule import LayerState
 from rl.models.inputs import PADDING_GROUP, Inputs
 from rl.models.ops import SharedRows, take_in_shards
 from rl.models.policy import Params, Policy
@@ -132,8 +133,11 @@ def prefill_chunk(
 ) -> CachePart:
     """Writes prompt tokens into `part` (donated) from position `start` on. A row holds one or more prompts.
 
-    Group ids tell the prompts of a row apart; positions are those in the whole prompt.
+    Group ids tell the prompts of a row apart; positions are those in the whole prompt. States go on from those of
+    `part`, at position 0 from those of `common`.
     """
+    if common is not None and part.states:
+        part = dataclasses.replace(part, states=_begin(part.states, common.states, num_shards, start == 0))
     shared = () if common is None else (share_evenly(common, part.num_rows, num_shards, any_group=True),)
     cursors = jnp.broadcast_to(start, (part.num_rows,))
     cache = KVCache(own=part, cursors=cursors, shared=shared)
@@ -157,7 +161,8 @@ def read_on(
     as it takes for the longest.
 
     Each row reads a copy of its prompt. In place, the few rows that go on would take a map with room for all readers of
-    all prompts, and attention is computed for the whole of a map.
+    all prompts, and attention is computed for the whole of a map. A row that has nothing yet starts from the states of
+    its prompt.
 
     Args:
       num_tokens: T, read at a time.
@@ -170,10 +175,12 @@ def read_on(
     """
     num_shards, num_rows, rows_per_prompt = requests.prefix_rows.shape
     index = jnp.maximum(requests.prefix_rows, 0).reshape(num_shards, -1)
+    table, of_prompts = dataclasses.replace(table, states=()), table.states
 
     def own_prompt(name: str, array: jax.Array) -> jax.Array:
         taken = take_in_shards(array, index)  # M rows of each, one after the other
         axis = position_axis(name)
+        assert axis is not None, name
         cut = taken.reshape(num_shards * num_rows, rows_per_prompt, *taken.shape[1:])
         joined = jnp.moveaxis(cut, 1, axis)
         shape = list(taken.shape)
@@ -184,7 +191,7 @@ def read_on(
         return joined.reshape(shape)
 
     def own_row(name: str, array: jax.Array) -> jax.Array:
-        taken = jax.lax.slice_in_dim(take_in_shards(array, rows), 0, length, axis=position_axis(name))
+        taken = _first_positions(name, take_in_shards(array, rows), length)
         return pad_positions(name, taken, added=num_tokens)  # for the padding of the last piece
 
     prompts = map_arrays(table, own_prompt)
@@ -209,10 +216,13 @@ def read_on(
         cache = KVCache(own=part, cursors=cursors_B, shared=shared, rope=rope)
         return policy.extend(params, inputs, cache)[1].own, jnp.minimum(cursors_B + num_tokens, ends_B)
 
-    part, _ = jax.lax.while_loop(unread, read, (map_arrays(kept, own_row), cursors_B))
+    own = map_arrays(kept, own_row)
+    if own.states:
+        own = dataclasses.replace(own, states=_put_states(own.states, of_prompts, index, cursors_B == 0))
+    part, _ = jax.lax.while_loop(unread, read, (own, cursors_B))
 
     def without_padding(name: str, array: jax.Array) -> jax.Array:
-        return jax.lax.slice_in_dim(array, 0, length, axis=position_axis(name))
+        return _first_positions(name, array, length)
 
     return map_arrays(part, without_padding)
 
@@ -226,10 +236,10 @@ def move_rows(part: CachePart, source: CachePart, taken: jax.Array, index: jax.A
     def put(name: str, array: jax.Array) -> jax.Array:
         _, of_source = next(arrays)
         axis = position_axis(name)
-        rows = jax.lax.slice_in_dim(take_in_shards(of_source, taken), 0, length, axis=axis)
+        rows = _first_positions(name, take_in_shards(of_source, taken), length)
         by_shard = array.reshape(index.shape[0], -1, *array.shape[1:])
         new = rows.reshape(*index.shape, *rows.shape[1:])
-        which = (slice(None),) * (axis - 1) + (slice(0, length),)
+        which = () if axis is None else (slice(None),) * (axis - 1) + (slice(0, length),)
         moved = jax.vmap(lambda values, picked, row: values.at[(picked, *which)].set(row, mode="drop"))(
             by_shard, index, new
         )
@@ -293,6 +303,8 @@ def generate(
 ) -> tuple[CachePart, Slots, ChunkReport]:
     """Draws up to `chunk` tokens for each slot. A slot whose completion ends takes the next waiting request at once.
 
+    A slot that takes a request starts from the states of its prompt in the table, where layers have them.
+
     Stops early when nothing is left to draw, when a slot has filled its cache, or when no request waits and at most
     `few` slots are busy (a smaller cache is then cheaper). Where slots are held it stops when `few` of them are.
 
@@ -313,6 +325,8 @@ def generate(
     eos_ids = jnp.asarray(sampling.eos_ids, jnp.int32)
     ended_id = HELD if holds else IDLE
     slots = dataclasses.replace(slots, request_ids=jnp.where(cancelled_B, IDLE, slots.request_ids))
+    is_recurrent = bool(own.states)
+    table, of_prompts = dataclasses.replace(table, states=()), table.states
     if active is None:
         active = jnp.broadcast_to(jnp.arange(table.num_rows // num_shards), (num_shards, table.num_rows // num_shards))
     else:
@@ -341,29 +355,32 @@ def generate(
     def hand_over(own: CachePart, slots: Slots, num_taken: jax.Array) -> tuple:
         slots, taken_B, num_taken = _take_requests(slots, requests, num_requests, num_taken, key, shape)
         own = dataclasses.replace(own, group_ids=jnp.where(taken_B[:, None], -1, own.group_ids))
-        return own.group_ids, slots, reader_maps(slots), num_taken
+        states = _put_states(own.states, of_prompts, slots.prefix_rows.reshape(shape), taken_B) if is_recurrent else ()
+        return own.group_ids, states, slots, reader_maps(slots), num_taken
 
     def step(carry: tuple) -> tuple:
         own, slots, maps, num_taken, step, columns = carry
         free = jnp.any((slots.request_ids == IDLE).reshape(shape) & (num_taken < num_requests)[:, None])
-        group_ids, slots, maps, num_taken = jax.lax.cond(
+        group_ids, states, slots, maps, num_taken = jax.lax.cond(
             free,
             hand_over,
-            lambda own, slots, num_taken: (own.group_ids, slots, maps, num_taken),
+            lambda own, slots, num_taken: (own.group_ids, own.states, slots, maps, num_taken),
             own,
             slots,
             num_taken,
         )
-        own = dataclasses.replace(own, group_ids=group_ids)
+        own = dataclasses.replace(own, group_ids=group_ids, states=states)
         live_B = slots.request_ids >= 0
         tokens_B = jax.lax.with_sharding_constraint(slots.tokens, rows)
         shared = (SharedPart(table, maps),)
         if common is not None:
             shared += (share_evenly(common, num_slots, num_shards, any_group=True),)
+        # The states of slots that draw nothing must stay as they are.
+        group_ids_B = jnp.where(live_B, slots.group_ids, PADDING_GROUP) if is_recurrent else slots.group_ids
         inputs = Inputs(
             tokens_BT=tokens_B[:, None],
             positions_BT=(slots.prompt_lengths - 1 + slots.cursors)[:, None],
-            group_ids_BT=slots.group_ids[:, None],
+            group_ids_BT=group_ids_B[:, None],
             branch_ids_BT=jnp.full((num_slots, 1), OWN_BRANCH, jnp.int32),
         )
         cache = KVCache(own=own, cursors=slots.cursors, shared=shared, rope=rope)
@@ -418,17 +435,50 @@ def request_key(
     return jax.random.fold_in(base, sample_index)
 
 
-def put_rows(array: jax.Array, rows: jax.Array, index: jax.Array, axis: int) -> jax.Array:
+def put_rows(array: jax.Array, rows: jax.Array, index: jax.Array, axis: int | None) -> jax.Array:
     """`array` with `rows` at the places `index` [shards, R, M], counted in each shard. Places past the end are dropped.
 
-    `axis` counts positions. Each of the rows is cut into M rows of the array's length.
+    `axis` counts positions. Each of the rows is cut into M rows of the array's length. None: M is 1.
     """
     by_shard = array.reshape(index.shape[0], -1, *array.shape[1:])
-    cut = rows.reshape(*rows.shape[:axis], index.shape[2], array.shape[axis], *rows.shape[axis + 1 :])
-    new = jnp.moveaxis(cut, axis, 1).reshape(index.shape[0], -1, *array.shape[1:])
+    if axis is None:
+        assert index.shape[2] == 1, index.shape
+        new = rows.reshape(index.shape[0], -1, *array.shape[1:])
+    else:
+        cut = rows.reshape(*rows.shape[:axis], index.shape[2], array.shape[axis], *rows.shape[axis + 1 :])
+        new = jnp.moveaxis(cut, axis, 1).reshape(index.shape[0], -1, *array.shape[1:])
     index = index.reshape(index.shape[0], -1)
     put = jax.vmap(lambda values, picked, row: values.at[picked].set(row, mode="drop"))(by_shard, index, new)
     return put.reshape(array.shape)
+
+
+def _first_positions(name: str, array: jax.Array, length: int) -> jax.Array:
+    """The first `length` positions of the array called `name`; all of one without positions."""
+    axis = position_axis(name)
+    return array if axis is None else jax.lax.slice_in_dim(array, 0, length, axis=axis)
+
+
+def _begin(
+    states: tuple[LayerState, ...], of_common: tuple[LayerState, ...], num_shards: int, is_first: jax.Array
+) -> tuple[LayerState, ...]:
+    """The states of all rows; those of their shard's row of the common prefix where `is_first`."""
+
+    def begin(own: jax.Array, common: jax.Array) -> jax.Array:
+        return jnp.where(is_first, jnp.repeat(common, own.shape[0] // num_shards, axis=0), own)
+
+    return jax.tree.map(begin, states, of_common)
+
+
+def _put_states(
+    states: tuple[LayerState, ...], of_prompts: tuple[LayerState, ...], index: jax.Array, is_put_B: jax.Array
+) -> tuple[LayerState, ...]:
+    """The states [B, ...]; where `is_put_B` those of the rows `index` [shards, B / shards] of the prompt table."""
+
+    def put(own: jax.Array, prompts: jax.Array) -> jax.Array:
+        taken = take_in_shards(prompts, jnp.maximum(index, 0))
+        return jnp.where(is_put_B.reshape(-1, *(1,) * (own.ndim - 1)), taken, own)
+
+    return jax.tree.map(put, states, of_prompts)
 
 
 def _take_requests(

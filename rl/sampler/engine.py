@@ -36,6 +36,7 @@ from rl.models.cache import (
     pad_positions,
     position_axis,
 )
+from rl.models.delta_rule import LayerState
 from rl.models.inputs import Inputs, check_segments
 from rl.models.ops import take_in_shards
 from rl.models.policy import Params, Policy
@@ -160,7 +161,8 @@ class Engine:
         state: DecodeState | None = None,
     ) -> CachePart:
         """Runs packed prompts, `chunk` positions at a time (all at once by default), over a cache that grows with them.
-        Pieces after the last token of all rows are not run.
+        Pieces after the last token of all rows are not run. Of a recurrent model a piece may be shorter, see
+        `piece_size`, and a row holds one prompt, padded on the right.
 
         Args:
           inputs: numpy arrays; a row holds one or more prompts, see `decoding.prefill_chunk`. Their number is a
@@ -169,15 +171,17 @@ class Engine:
           state: the decode state that is in memory meanwhile, for `peak_kv_bytes`.
 
         Returns:
-          The keys and values, one row for each row of the input.
+          The keys and values, one row for each row of the input, and the states after the last token of each.
         """
         check_segments(inputs)
         num_rows, num_positions = inputs.tokens_BT.shape
-        size = num_positions if chunk is None else min(chunk, num_positions)
+        size = self.piece_size(num_positions, num_positions if chunk is None else chunk)
         held = (common,) if state is None else (common, state.own, state.table)
         part = self._empty(num_rows, size)
         common_length = 0 if common is None else common.length
         num_filled = int(np.max(np.flatnonzero(np.any(inputs.group_ids_BT >= 0, axis=0)), initial=-1)) + 1
+        if self.policy.config.is_recurrent:
+            num_filled = max(num_filled, 1)  # the first piece takes over the state of the common prefix
         num_done = 0
         for start, length in prefill_pieces(num_positions, size):
             if length > part.length:
@@ -389,12 +393,11 @@ class Engine:
         self, params: Params, num_rows: int, num_positions: int, chunk: int, common_length: int
     ) -> None:
         """Compiles the programs of a prefill of this size in the background."""
-        part_length = size = min(chunk, num_positions)
+        part_length = size = self.piece_size(num_positions, chunk)
         self.programs.prepare(*self._empty_build(num_rows, size))
         for _, length in prefill_pieces(num_positions, size):
             if length > part_length:
-                for name, array in named_arrays(self._abstract_part(num_rows, part_length)):
-                    self.programs.prepare(*self._grow_build(name, array, length))
+                self._prepare_grow(num_rows, part_length, length)
                 part_length = length
             self.programs.prepare(*self._prefill_build(_abstract(params), num_rows, size, length, common_length))
 
@@ -414,18 +417,43 @@ class Engine:
             for name, array in [*arrays, *(("slots", leaf) for leaf in slots)]:
                 self.programs.prepare(*self._take_build(name, array, index_shape))
         if length != shape.length:
-            for name, array in named_arrays(self._abstract_part(num_slots, shape.length)):
+            self._prepare_grow(num_slots, shape.length, length)
+
+    def _prepare_grow(self, num_rows: int, old_length: int, length: int) -> None:
+        for name, array in named_arrays(self._abstract_part(num_rows, old_length)):
+            if position_axis(name) is not None:
                 self.programs.prepare(*self._grow_build(name, array, length))
+
+    def piece_size(self, num_positions: int, chunk: int) -> int:
+        """Positions of one piece of a prefill of `num_positions`, at most `chunk`. Pieces of a recurrent model do not
+        overlap, because a state that has read a token cannot forget it: theirs is a divisor of `num_positions`.
+        """
+        size = min(chunk, num_positions)
+        if self.policy.config.is_recurrent:
+            size = next(divisor for divisor in range(size, 0, -1) if num_positions % divisor == 0)
+        return size
 
     def bytes_per_position(self) -> int:
         """Bytes of one cache position of one row in all layers, on the device with the largest part of it."""
         return sum(self.array_bytes_per_position())
 
+    def bytes_per_row(self) -> int:
+        """Bytes of the states of one row, whatever its length, on the device with the largest part of them."""
+        return sum(self.array_bytes_per_row())
+
     def array_bytes_per_position(self) -> list[int]:
-        """`bytes_per_position` of each array of a cache."""
+        """`bytes_per_position` of each array of keys, values or labels."""
+        return self._array_bytes(have_positions=True)
+
+    def array_bytes_per_row(self) -> list[int]:
+        """`bytes_per_row` of each array of states."""
+        return self._array_bytes(have_positions=False)
+
+    def _array_bytes(self, have_positions: bool) -> list[int]:
         return [
             int(np.prod(self._array_shardings[name].shard_shape(array.shape))) * array.dtype.itemsize
             for name, array in named_arrays(self._abstract_part(self.num_shards, 1))
+            if (position_axis(name) is not None) == have_positions
         ]
 
     def _put_rows(self, part: CachePart, new: CachePart, rows: np.ndarray) -> CachePart:
@@ -594,7 +622,9 @@ class Engine:
     def _put_build(self, name: str, array: Any, index_shape: tuple[int, ...]) -> tuple[tuple, Build]:
         sharding, axis = self._array_shardings[name], position_axis(name)
         new_shape = list(array.shape)
-        new_shape[0], new_shape[axis] = math.prod(index_shape[:2]), index_shape[2] * array.shape[axis]
+        new_shape[0] = math.prod(index_shape[:2])
+        if axis is not None:
+            new_shape[axis] = index_shape[2] * array.shape[axis]
         new = jax.ShapeDtypeStruct(tuple(new_shape), array.dtype)
         arguments = (_abstract(array), new, jax.ShapeDtypeStruct(index_shape, jnp.int32))
         program = Program(
@@ -615,13 +645,16 @@ class Engine:
         """The part with `length` positions."""
 
         def pad(name: str, array: jax.Array) -> jax.Array:
+            if position_axis(name) is None:
+                return array
             return _consume(self.programs.get(*self._grow_build(name, array, length)), array)
 
         return map_arrays(part, pad)
 
     def _grow_build(self, name: str, array: Any, length: int) -> tuple[tuple, Build]:
-        sharding = self._array_shardings[name]
-        function = partial(pad_positions, name, added=length - array.shape[position_axis(name)])
+        sharding, axis = self._array_shardings[name], position_axis(name)
+        assert axis is not None, name
+        function = partial(pad_positions, name, added=length - array.shape[axis])
         key = ("grow", name, array.shape, array.dtype, length)
         return key, partial(Program(function, (sharding,), sharding).compile, (_abstract(array),))
 
@@ -647,14 +680,21 @@ class Engine:
         config = self.policy.config
         heads = partition_spec(("batch", "kv_heads"), (self.num_shards, config.common_kv_heads), mesh, rules)
         heads = NamedSharding(mesh, heads)
-        arrays = dict.fromkeys(LayerKV._fields, heads)
-        return {**arrays, **dict.fromkeys(LABELS, self._rows)}
+        arrays = {**dict.fromkeys(LayerKV._fields, heads), **dict.fromkeys(LABELS, self._rows)}
+        if config.is_recurrent:
+            states = ("batch", "kv_heads"), (self.num_shards, config.linear_num_value_heads)
+            of_states = LayerState(state=NamedSharding(mesh, partition_spec(*states, mesh, rules)), conv=self._rows)  # pyright: ignore[reportArgumentType]
+            arrays |= of_states._asdict()
+        return arrays
 
     def _shard_part(self) -> Any:
         scales = self._array_shardings["key_scales"] if self._kv_dtype else None
         layer = LayerKV(self._array_shardings["keys"], self._array_shardings["values"], scales, scales)  # pyright: ignore[reportArgumentType]
         labels = (self._array_shardings["positions"],) * 3
-        return CachePart((layer,) * len(cached_layers(self.policy.config)), *labels)  # pyright: ignore[reportArgumentType]
+        config = self.policy.config
+        num_states = sum(config.layer_shape(i).is_recurrent for i in range(config.num_layers))
+        states = (LayerState(*map(self._array_shardings.get, LayerState._fields)),) * num_states  # pyright: ignore[reportArgumentType]
+        return CachePart((layer,) * len(cached_layers(config)), *labels, states=states)  # pyright: ignore[reportArgumentType]
 
     def _abstract_part(self, num_rows: int, length: int) -> Any:
         return jax.eval_shape(partial(empty_part, self.policy.config, num_rows, length, self._kv_dtype))
@@ -700,7 +740,8 @@ class Engine:
 
     def _note_growth(self, part: CachePart, length: int, *others: CachePart | None) -> None:
         """Notes the bytes at the end of a growth, when the last array exists twice and all others have grown."""
-        grown = _nbytes(part) * length // part.length + max(array.nbytes for _, array in named_arrays(part))
+        growing = [array.nbytes for name, array in named_arrays(part) if position_axis(name) is not None]
+        grown = _nbytes(part) - sum(growing) + sum(growing) * length // part.length + max(growing)
         self.peak_kv_bytes = max(self.peak_kv_bytes, grown + sum(_nbytes(other) for other in others))
 
 

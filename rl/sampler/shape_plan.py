@@ -40,10 +40,14 @@ MIN_SAVED = 1 / 8  # the share of positions that halving the table rows must sav
 
 @dataclasses.dataclass(frozen=True)
 class ExpectedPrompts:
-    """The prompts that are planned for: their common prefix, and for each the tokens that are cached after it."""
+    """The prompts that are planned for: their common prefix, and for each the tokens that are cached after it.
+
+    are_whole: each prompt takes one row of the table, as where a row has a state.
+    """
 
     common: tuple[int, ...] = ()
     lengths: tuple[int, ...] = ()
+    are_whole: bool = False
 
     @functools.cached_property
     def table_length(self) -> int:
@@ -54,6 +58,8 @@ class ExpectedPrompts:
         """
         lengths = np.asarray(self.lengths)
         length = max(MIN_TABLE_LENGTH, size_at_least(int(lengths.max())))
+        if self.are_whole:
+            return length
         half = _half(length)
         while half >= MIN_CUT_LENGTH and request_queue.rows_taken(lengths, half).sum() * half <= (1 - MIN_SAVED) * (
             request_queue.rows_taken(lengths, length).sum() * length
@@ -73,10 +79,33 @@ class ExpectedPrompts:
 
 
 class KVBudget(NamedTuple):
-    """Bytes on a device: the limit for keys, values and labels, and the bytes of one position in each of the arrays."""
+    """Bytes on a device: the limit for caches, and what each of their arrays takes.
+
+    allowed: for keys, values, labels and states.
+    per_position: bytes of one position in each array of keys, values or labels.
+    per_row: bytes of one row in each array of states, whatever the row's length.
+    """
 
     allowed: int
-    per_position: list[int]
+    per_position: Sequence[int]
+    per_row: Sequence[int] = ()
+
+    @property
+    def content(self) -> str:
+        """What the bytes hold, in words."""
+        return "keys, values and states" if self.per_row else "keys and values"
+
+    def of_rows(self, num_rows: int, length: int) -> int:
+        """Bytes of so many rows of `length` positions."""
+        return num_rows * (length * sum(self.per_position) + sum(self.per_row))
+
+    def of_positions(self, num_rows: int, length: int) -> int:
+        """The same without states."""
+        return num_rows * length * sum(self.per_position)
+
+    def of_largest(self, num_rows: int, length: int) -> int:
+        """Bytes of the largest array of so many rows."""
+        return num_rows * max(length * max(self.per_position), *self.per_row, 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -268,11 +297,12 @@ def turn_shape(
 
     def peak(most: int, num_kept: int) -> int:
         assert budget is not None
-        whole, largest = sum(budget.per_position), max(budget.per_position)
-        kept = (most + num_kept) * length + rows_read(most) * (length + max(READ_SIZES))
-        prefilled = demand.prefill_rows(most, expected) * expected.rows_per_prompt * expected.table_length
-        read = (table_rows(most, num_kept) + num_active(most, num_kept)) * expected.table_length
-        return (kept + read) * whole + max(prefilled * (whole + largest), most * length * largest)
+        kept = budget.of_rows(most + num_kept, length) + budget.of_rows(rows_read(most), length + max(READ_SIZES))
+        read = budget.of_rows(table_rows(most, num_kept), expected.table_length)
+        read += budget.of_positions(num_active(most, num_kept), expected.table_length)
+        prefill = demand.prefill_rows(most, expected), expected.rows_per_prompt * expected.table_length
+        beside = max(budget.of_rows(*prefill) + budget.of_largest(*prefill), budget.of_largest(most, length))
+        return kept + read + beside
 
     if budget is not None:
         while most > 1 and peak(most, min(num_kept, most)) > budget.allowed:
@@ -280,7 +310,7 @@ def turn_shape(
         if peak(most, 1) > budget.allowed:
             raise ValueError(
                 f"sampling.kv_memory must allow at least one completion of {longest} tokens in several turns, which "
-                f"takes {peak(1, 1):,} bytes of keys and values, got {budget.allowed:,}; raise it, or shorten "
+                f"takes {peak(1, 1):,} bytes of {budget.content}, got {budget.allowed:,}; raise it, or shorten "
                 "rollout.max_episode_tokens"
             )
         while num_kept > 1 and peak(most, num_kept) > budget.allowed:
@@ -307,15 +337,15 @@ def open_shape(
     num_active = _if_fewer(slots * expected.rows_per_prompt, table_rows)
     prefill_rows = min(OPEN_PREFILL_ROWS, slots)
     if budget is not None:
-        whole, largest = sum(budget.per_position), max(budget.per_position)
-        prefilled = prefill_rows * expected.rows_per_prompt * expected.table_length
-        moved = rows_read(slots) * (length + max(READ_SIZES))
-        cached = (slots + kept) * length + moved + (table_rows + num_active) * expected.table_length
-        peak = cached * whole + max(prefilled * (whole + largest), slots * length * largest)
+        prefill = prefill_rows, expected.rows_per_prompt * expected.table_length
+        peak = budget.of_rows(slots + kept, length) + budget.of_rows(rows_read(slots), length + max(READ_SIZES))
+        peak += budget.of_rows(table_rows, expected.table_length)
+        peak += budget.of_positions(num_active, expected.table_length)
+        peak += max(budget.of_rows(*prefill) + budget.of_largest(*prefill), budget.of_largest(slots, length))
         if peak > budget.allowed:
             raise ValueError(
                 f"sampling.kv_memory must hold {slots} completions of {longest} tokens at a time and {kept} kept ones, "
-                f"which take {peak:,} bytes of keys and values, got {budget.allowed:,}; raise it, or lower "
+                f"which take {peak:,} bytes of {budget.content}, got {budget.allowed:,}; raise it, or lower "
                 "sampling.slots, data.max_prompt_length or sampling.max_completion_length"
             )
     return Shape(
@@ -380,7 +410,7 @@ def _affordable_slots(
         least = _peak_bytes(budget, 1, lengths, demand, expected, serves_fewer)
         raise ValueError(
             f"sampling.kv_memory must allow at least one completion of {lengths[-1]} tokens, which takes {least:,} "
-            f"bytes of keys and values, got {budget.allowed:,}; raise it, or shorten sampling.max_completion_length"
+            f"bytes of {budget.content}, got {budget.allowed:,}; raise it, or shorten sampling.max_completion_length"
         )
     return num_slots
 
@@ -393,7 +423,7 @@ def _peak_bytes(
     expected: ExpectedPrompts,
     serves_fewer: bool,
 ) -> int:
-    """The most bytes that keys and values of a shard take at one time.
+    """The most bytes that the caches of a shard take at one time.
 
     They are the own cache, the prompt table, the common prefix, the prompts of a running prefill, and one array that
     exists twice while a cache becomes longer or loses rows.
@@ -401,16 +431,19 @@ def _peak_bytes(
     Args:
       lengths: the lengths that the own cache has, in order.
     """
-    whole, largest = sum(budget.per_position), max(budget.per_position)
-    own, prefill_rows = num_slots * lengths[-1], demand.prefill_rows(num_slots, expected)
-    prefilled = prefill_rows * expected.rows_per_prompt * expected.table_length
-    read = demand.table_rows(num_slots, expected) * expected.table_length + len(expected.common)
+    prefill_rows = demand.prefill_rows(num_slots, expected)
+    prefill = prefill_rows, expected.rows_per_prompt * expected.table_length
+    read = budget.of_rows(demand.table_rows(num_slots, expected), expected.table_length)
+    if expected.common:
+        read += budget.of_rows(1, len(expected.common))
     # If one prefill holds all prompts, and its rows are not cut, its cache becomes the table.
     becomes_table = demand.most_pieces <= prefill_rows and expected.rows_per_prompt == 1
-    beside = 0 if becomes_table else prefilled
-    peak = (own + read) * whole + max(beside * whole + prefilled * largest, own * largest)
+    beside = 0 if becomes_table else budget.of_rows(*prefill)
+    twice = max(beside + budget.of_largest(*prefill), budget.of_largest(num_slots, lengths[-1]))
+    peak = budget.of_rows(num_slots, lengths[-1]) + read + twice
     if serves_fewer and becomes_table and prefill_rows > 1:
         # The smaller prefill's cache does not become the table. It lies beside the table before anything is drawn.
-        few = few_rows(prefill_rows) * expected.table_length
-        peak = max(peak, (num_slots * lengths[0] + read + few) * whole + few * largest)
+        few = few_rows(prefill_rows), expected.table_length
+        begun = budget.of_rows(num_slots, lengths[0]) + read + budget.of_rows(*few) + budget.of_largest(*few)
+        peak = max(peak, begun)
     return peak

@@ -89,7 +89,7 @@ class Sampler:
       decode_shardings: the layout of parameters in decoding, by `rules`. Every call copies the parameters to it, from
         device to device. None: `param_shardings`, without a copy.
       slots: completions decoded at a time over all devices; None: as many as `kv_bytes` allows, up to 256.
-      kv_bytes: the most bytes on each device for keys and values, prompts in prefill included; None: no bound.
+      kv_bytes: the most bytes on each device for keys, values and states, prompts in prefill included; None: no bound.
       decode_text: token ids -> text; needed for stop strings only.
       chunk: tokens decoded between two looks of the host.
       stop_chunk: the same with stop strings, which only the host can see.
@@ -98,7 +98,7 @@ class Sampler:
         size (see `rl.models.quantized`). None: the parameters themselves are read.
 
     Raises:
-      ValueError: there are fewer slots than shards of rows on this mesh, or the model has layers with a state.
+      ValueError: there are fewer slots than shards of rows on this mesh.
     """
 
     def __init__(
@@ -117,11 +117,6 @@ class Sampler:
         kv_dtype: str | None = None,
         weights: Quantization | None = None,
     ) -> None:
-        if policy.config.is_recurrent:
-            raise ValueError(
-                f"model.source must be a model whose layers all have attention, got one of {policy.config.family}: the "
-                "sampler does not serve layers with a state yet; grpo sft trains such a model"
-            )
         convert: Callable[[Params], Params] = lambda params: params  # noqa: E731
         shardings = param_shardings if decode_shardings is None else decode_shardings
         if weights is not None:
@@ -141,14 +136,14 @@ class Sampler:
         self._slots, self._kv_bytes = slots, kv_bytes
         self._decode_text = decode_text
         self._chunk, self._stop_chunk = chunk, min(stop_chunk, chunk)
-        self._expected = ExpectedPrompts()
+        self._expected = self._prompts()
         self._planned: ShardRequests | None = None
         self._prefix: _Prefix | None = None
         self._num_prefilled_again = 0
 
     @property
     def peak_kv_bytes(self) -> int:
-        """The most bytes that keys, values and labels took at any moment so far, over all devices."""
+        """The most bytes that keys, values, labels and states took at any moment so far, over all devices."""
         return self.engine.peak_kv_bytes
 
     @property
@@ -171,7 +166,7 @@ class Sampler:
         common = request_queue.common_prefix_length(prompts)
         common = usable_common_length(common, len(prompts))
         head = tuple(int(token) for token in prompts[0][:common])
-        self._expected = ExpectedPrompts(head, rest_lengths(prompts, common))
+        self._expected = self._prompts(head, rest_lengths(prompts, common))
         self._planned = self._demand(num_prompts, num_samples)
 
     def expect_length(self, prompt_length: int, num_prompts: int = 0, num_samples: int = 0) -> None:
@@ -179,7 +174,7 @@ class Sampler:
 
         num_prompts, num_samples: as in `expect`.
         """
-        self._expected = ExpectedPrompts((), (max(prompt_length - 1, 1),))
+        self._expected = self._prompts((), (max(prompt_length - 1, 1),))
         self._planned = self._demand(num_prompts, num_samples)
 
     def sample(
@@ -432,7 +427,7 @@ class Sampler:
         num_positions = shapes[0].prefill_length
         programs: dict[tuple, DrawProgram] = {}
         for num_rows in self._prefill_sizes(shapes[0]):
-            chunk = min(prefill_chunk(num_rows), num_positions)
+            chunk = engine.piece_size(num_positions, prefill_chunk(num_rows))
             for _, length in prefill_pieces(num_positions, chunk):
                 arguments = (num_rows, chunk, length, shapes[0].common_length)
                 is_largest = (num_rows, length) == (largest.prefill_rows, largest.prefill_length)
@@ -443,9 +438,10 @@ class Sampler:
             arguments = (shape, sampling, self._chunk_of(sampling))
             key, make = generate_key(*arguments), partial(engine.generate_program, decode_params, *arguments)
             programs[key] = DrawProgram(DECODE, repr(key), make, self._chunk_of(sampling), shape == largest)
-        per_position = engine.bytes_per_position()
+        per_position, per_row = engine.bytes_per_position(), engine.bytes_per_row()
         num_cached = largest.num_slots * largest.length + largest.table_rows * largest.table_length
-        return DrawPrograms(list(programs.values()), per_position * num_cached // engine.num_shards, per_position)
+        num_bytes = per_position * num_cached + per_row * (largest.num_slots + largest.table_rows)
+        return DrawPrograms(list(programs.values()), num_bytes // engine.num_shards, per_position, per_row)
 
     def _stream(
         self,
@@ -483,6 +479,9 @@ class Sampler:
 
     # Plans
 
+    def _prompts(self, common: tuple[int, ...] = (), lengths: tuple[int, ...] = ()) -> ExpectedPrompts:
+        return ExpectedPrompts(common, lengths, are_whole=self._policy.config.is_recurrent)
+
     def _prefill_sizes(self, shape: Shape) -> list[int]:
         """The numbers of rows, over all shards, of the two prefills of this shape."""
         few = few_rows(shape.prefill_rows // self.engine.num_shards) * self.engine.num_shards
@@ -497,7 +496,7 @@ class Sampler:
         fits = all(len(p) > head.size and np.array_equal(np.asarray(p[: head.size]), head) for p in prompts)
         if not expected.lengths or not fits:
             common = usable_common_length(request_queue.common_prefix_length(prompts), len(prompts))
-            expected = ExpectedPrompts(tuple(int(token) for token in prompts[0][:common]))
+            expected = self._prompts(tuple(int(token) for token in prompts[0][:common]))
         lengths = rest_lengths(prompts, len(expected.common))
         if not expected.lengths:
             return dataclasses.replace(expected, lengths=lengths)
@@ -538,7 +537,10 @@ class Sampler:
         return self._expected
 
     def _budget(self) -> KVBudget | None:
-        return None if self._kv_bytes is None else KVBudget(self._kv_bytes, self.engine.array_bytes_per_position())
+        if self._kv_bytes is None:
+            return None
+        engine = self.engine
+        return KVBudget(self._kv_bytes, engine.array_bytes_per_position(), engine.array_bytes_per_row())
 
     def _prefill_common(self, version: Params, params: Params, prefix: tuple[int, ...]) -> CachePart:
         """Keys and values of the common prefix. Those of the last call are used again if the weights are the same

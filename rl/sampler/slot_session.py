@@ -8,7 +8,8 @@ A completion of several turns draws a turn, waits outside for an observation, an
 draws others: its own cache, the keys and values of its turns, is copied to a kept row. When it goes on, the observation
 is read behind them, for many completions at a time, and the row is copied to a slot that is free. So a prompt is
 prefilled once for its group, and each token of an observation is read once. If all kept rows are taken, the one that
-has waited longest is given away, and its tokens are read again.
+has waited longest is given away, and its tokens are read again. So are those of a completion that goes on from an
+earlier token than its last one, where layers have states, which know no way back.
 Legend: B slots, T tokens of a piece.
 """
 
@@ -85,6 +86,7 @@ class SlotSession:
         self._prefill_rows = shape.prefill_rows // num_shards
         self._filled = 0  # positions of the own cache that are written in the fullest slot that draws
         self._has_turns = shape.num_kept > 0
+        self._has_states = engine.policy.config.is_recurrent
         self._move_rows, self._read_rows = (rows(shape.num_slots // num_shards) for rows in (rows_moved, rows_read))
         self._turns: dict[int, _Turns] = {}  # {unfinished request of which a turn has ended}
         self._unread: list[collections.deque[int]] = [collections.deque() for _ in range(num_shards)]
@@ -160,7 +162,8 @@ class SlotSession:
         whole = [*self._schedule.prompt(number), *tokens]
         alone = dataclasses.replace(request, prompt=0)
         check_requests(self._engine.policy.config, self._decode_text, [whole], [alone], self._sampling)
-        turns.tokens, turns.num_cached = tokens, min(turns.num_cached, num_kept)
+        turns.tokens = tokens
+        turns.cut(num_kept, self._has_states)
         limit = len(tokens) + request.limit
         given = {"continues": tuple(tokens), "num_given": len(tokens), "limit": limit}
         self._schedule.replace(number, dataclasses.replace(request, prompt=old.prompt, **given))
@@ -237,7 +240,7 @@ class SlotSession:
         ended = list(schedule.read(report))
         if self._has_turns:
             for number, completion in ended:
-                self._end_turn(number, completion)
+                self._end_turn(number, completion, int(report.num_drawn[schedule.ended[number]]))
         return ended
 
     # Prompts and sizes
@@ -303,12 +306,15 @@ class SlotSession:
 
     # Turns
 
-    def _end_turn(self, number: int, completion: Completion) -> None:
+    def _end_turn(self, number: int, completion: Completion, num_drawn: int) -> None:
+        """num_drawn: the tokens that the slot has drawn, more than the turn has where a stop string ended it."""
         turns = self._turns.get(number)
         if turns is None:
             turns = self._turns[number] = _Turns(self._schedule.shard(number))
         turns.tokens.extend(completion.token_ids.tolist())
-        turns.num_cached, turns.state = len(turns.tokens), _OUTSIDE
+        turns.num_cached = len(turns.tokens) - len(completion.token_ids) + num_drawn
+        turns.cut(len(turns.tokens), self._has_states)
+        turns.state = _OUTSIDE
         turns.num_turns += 1
         self._num_outside += 1
         turns.waits_since, self._next_wait = self._next_wait, self._next_wait + 1
@@ -319,7 +325,8 @@ class SlotSession:
         moves: list[list[tuple[int, int]]] = [[] for _ in self._ready]
         for number in self._schedule.ended:
             turns = self._turns[number]
-            turns.row = self._take_row(turns.shard)
+            if turns.num_cached or not self._has_states:
+                turns.row = self._take_row(turns.shard)
         for number, slot in self._schedule.ended.items():
             turns = self._turns[number]
             if turns.row is not None:  # else one that ended later has it: no row is written twice at a time
@@ -356,7 +363,9 @@ class SlotSession:
     def _queue(self, number: int) -> None:
         """Has a request wait for what it goes on with to be read, or for a slot where there is nothing to read."""
         turns = self._turns[number]
-        turns.state = _READY if turns.num_unread == 0 else _UNREAD
+        self.num_read_again, turns.num_lost = self.num_read_again + turns.num_lost, 0
+        has_row = turns.num_cached > 0 or not self._has_states
+        turns.state = _READY if turns.num_unread == 0 and has_row else _UNREAD
         (self._ready if turns.state == _READY else self._unread)[turns.shard].append(number)
         self._is_stuck = False
         self._num_outside -= 1
@@ -475,7 +484,7 @@ class _Turns:
 
     tokens: of its completion, with what was put between turns. num_cached: positions of its own cache that are there,
       as its last turn ended or what follows it was read. row: the kept row that holds them. waits_since: counts the
-      turns that ended. num_turns: its own.
+      turns that ended. num_turns: its own. num_lost: tokens that must be read again if it goes on.
     """
 
     shard: int
@@ -485,6 +494,18 @@ class _Turns:
     state: str = ""
     waits_since: int = 0
     num_turns: int = 0
+    num_lost: int = 0
+
+    def cut(self, num_kept: int, has_states: bool) -> None:
+        """Has the own cache hold the first `num_kept` positions at most. A state cannot forget a token, so a model with
+        states reads these tokens again from the end of the prompt.
+        """
+        self.num_lost = min(self.num_lost, num_kept)
+        if num_kept >= self.num_cached:
+            return
+        if has_states:
+            self.num_lost, num_kept = num_kept, 0
+        self.num_cached = num_kept
 
     @property
     def num_unread(self) -> int:

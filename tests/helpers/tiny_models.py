@@ -12,7 +12,9 @@ FAMILIES = ("llama", "qwen2", "qwen3", "gemma3_text")
 
 
 def tiny_config(family="llama", **changes):
-    """Every weight is large enough to matter; a Gemma has one layer with a window and one without."""
+    """Every weight is large enough to matter; a Gemma has one layer with a window and one without, a
+    Qwen3.5 one with a state and one with attention.
+    """
     gemma = family == "gemma3_text"
     arch = {
         "family": family,
@@ -27,6 +29,10 @@ def tiny_config(family="llama", **changes):
         "sliding_window": 3 if gemma else None,
         "layer_types": ("sliding_attention", "full_attention") if gemma else None,
     }
+    if family == "qwen3_5_text":
+        heads = {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
+        arch |= heads | {"linear_key_head_dim": 4, "linear_value_head_dim": 6, "linear_conv_size": 4}
+        arch |= {"layer_types": ("linear_attention", "full_attention")}
     return ModelConfig.from_arch(**(arch | changes))
 
 

@@ -9,7 +9,6 @@ from rl.models import cache, delta_rule
 from rl.models.config import LINEAR_ATTENTION, ModelConfig
 from rl.models.flavours import create_policy
 from rl.models.inputs import Inputs, check_segments, plain_inputs
-from rl.sampler.slot_sampler import Sampler
 from tests.helpers.tiny_models import noisy_params
 
 CONFIG = ModelConfig.from_arch(
@@ -155,12 +154,6 @@ def test_a_cache_in_pieces_gives_the_hidden_states_of_whole_rows_and_idle_rows_k
                 np.testing.assert_array_equal(np.asarray(new)[idle], np.asarray(old)[idle])
             start += size
     assert start > 70 > 66
-
-
-def test_the_sampler_refuses_layers_with_a_state():
-    policy = create_policy(CONFIG, pure_nnx=True)
-    with pytest.raises(ValueError, match="must be a model whose layers all have attention, got one of qwen3_5_text"):
-        Sampler(policy, None, None, rules={})
 
 
 def _piece(tokens, start, size, lengths):

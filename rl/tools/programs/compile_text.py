@@ -81,7 +81,12 @@ def to_text(report: CompileReport) -> str:
             lines.append(f"  {program.name}: {'; '.join(kinds) or 'none'}")
     judges = f", reward models {gib(resident.reward_models)}" if resident.reward_models else ""
     budget = report.kv_budget()
-    positions = f", {budget // resident.bytes_per_position:,} positions" if resident.bytes_per_position else ""
+    content, positions = "keys and values", ""
+    if resident.bytes_per_row:
+        sizes = f"{resident.bytes_per_row:,} bytes a row and {resident.bytes_per_position:,} bytes a position"
+        content, positions = "keys, values and states", f", {sizes}"
+    elif resident.bytes_per_position:
+        positions = f", {budget // resident.bytes_per_position:,} positions"
     lines += [
         "",
         (
@@ -89,7 +94,7 @@ def to_text(report: CompileReport) -> str:
             f"reference {gib(resident.reference)}{judges} GiB"
         ),
         (
-            f"sampler  {gib(budget)} GiB are left for keys and values{positions}; the configuration takes up to "
+            f"sampler  {gib(budget)} GiB are left for {content}{positions}; the configuration takes up to "
             f"{gib(resident.cache)} GiB"
         ),
     ]

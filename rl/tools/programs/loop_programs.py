@@ -74,7 +74,7 @@ class Resident:
     reward_models: the weights of those that the rewards name, which are there from the first scores on.
     moments: those that stay on the device, see `optimizer.offload`. copy: the rollouts' own weights, quantised or
       sharded differently, which exist beside the trained ones during drawing. bytes_per_position: of keys and values; 0
-      for a model with its own kind of cache.
+      for a model with its own kind of cache. bytes_per_row: of the states of a row.
     """
 
     weights: int
@@ -85,6 +85,7 @@ class Resident:
     copy: int
     cache: int
     bytes_per_position: int
+    bytes_per_row: int
 
     @property
     def state(self) -> int:
@@ -141,6 +142,7 @@ def loop_programs(config: Config, devices: Sequence[Any], memory: int | None = N
         copy=_copy_bytes(config, rollout),
         cache=rollout.cache_bytes,
         bytes_per_position=rollout.bytes_per_position,
+        bytes_per_row=rollout.bytes_per_row,
     )
     beside_weights = resident.moments + resident.reference + resident.reward_models
     # During drawing, where rollouts have their own weights beside the trained ones.
