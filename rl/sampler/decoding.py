@@ -347,7 +347,9 @@ def generate(
         own, slots, _, num_taken, step, _ = carry
         live_B = slots.request_ids >= 0
         waiting = jnp.any(num_taken < num_requests)
-        room = jnp.max(jnp.where(live_B, slots.cursors, -1)) < own.length
+        # A further step would write over the last position of a slot that is held.
+        fills_B = slots.request_ids != IDLE if holds else live_B
+        room = jnp.max(jnp.where(fills_B, slots.cursors, -1)) < own.length
         if holds:
             return (step < chunk) & room & (jnp.sum(slots.request_ids == HELD) < few) & (waiting | jnp.any(live_B))
         return (step < chunk) & room & (waiting | (jnp.sum(live_B) > few))

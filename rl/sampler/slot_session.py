@@ -464,6 +464,9 @@ class SlotSession:
     def _resume(self, state: DecodeState, taken: Sequence[Sequence[int]]) -> DecodeState:
         """Gives the requests `taken`, by shard, idle slots."""
         width = self._move_rows
+        filled = max(self._turns[number].num_cached for own in taken for number in own)
+        if filled >= state.own.length:  # the turn before ended at the last position
+            state = self._fit(state, filled)
         rows, nums_cached = np.zeros((2, len(taken), width), np.int32)
         requests = self._schedule.arrays(taken, width, are_own=True)
         for shard, own in enumerate(taken):

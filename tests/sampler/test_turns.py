@@ -115,6 +115,33 @@ def gone_on_with(sampler: Sampler, params: Any, prompts: Sequence[Any], turns, h
     return [turn.completion for turn in known], [found[place] for place in range(len(known))]
 
 
+def ended_at_the_last_position(sampler: Sampler, params: Any, prompts: Sequence[Any], how: SamplingParams):
+    """(Turns of a request of which the second ends in the middle of a chunk at the last position of its cache, the same
+    ones behind tokens that are read).
+    """
+    session = sampler.open(params, how, jax.random.key(7), NUM_PROMPTS, NUM_SAMPLES, LONGEST)
+    number, _ = session.submit(prompts, [Request(0, 0, 0, 1), Request(1, 1, 0, LONGEST)])
+    length, turns, tokens = session._state.own.length, [], []
+    while len(turns) < 3:
+        for completion in (ended for place, ended in session.poll() if place == number):
+            turns.append(Turn(tuple(tokens), completion))
+            tokens += completion.token_ids.tolist()
+            more = [7] * (length - 2 - len(tokens)) if len(turns) == 1 else []
+            tokens += more
+            if len(turns) < 3:
+                session.go_on(number, more, length if more else length + TURN)
+    assert len(turns[2].before) == length
+    limits = [1, length, length + TURN]
+    requests = [Request(0, 0, 0, limit, continues=turn.before) for limit, turn in zip(limits, turns, strict=True)]
+    session = sampler.open(params, how, jax.random.key(7), NUM_PROMPTS, NUM_SAMPLES, LONGEST)
+    numbers, found = session.submit(prompts, requests), {}
+    while session.num_left:
+        for number, completion in session.poll():
+            found[number] = completion
+            session.finish(number)
+    return [turn.completion for turn in turns], [found[number] for number in numbers]
+
+
 def assert_alike(left: Sequence[Completion], right: Sequence[Completion], tolerance: float) -> None:
     for a, b in zip(left, right, strict=True):
         assert a.token_ids.tolist() == b.token_ids.tolist()
@@ -159,6 +186,7 @@ def test_turns_are_those_of_single_calls(family, pure_nnx, overrides):
         late, again = play(make_sampler(slots=8), params, prompts, how, delay=3)
         assert_alike([turn.completion for own in late for turn in own], flat, 1e-10)
         assert_alike(*gone_on_with(make_sampler(slots=8), params, prompts, turns, how), 1e-10)
+        assert_alike(*ended_at_the_last_position(make_sampler(slots=8), params, prompts, how), 1e-10)
         observed = sum(len(own[-1].before) - sum(len(t.completion.token_ids) for t in own[:-1]) for own in turns)
         assert session.num_read == again.num_read == observed
         assert session.num_read_again == again.num_read_again == 0
