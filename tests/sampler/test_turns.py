@@ -192,7 +192,8 @@ def test_turns_are_those_of_single_calls(family, pure_nnx, overrides):
         assert session.num_read_again == again.num_read_again == 0
 
 
-@pytest.mark.parametrize("family", ["qwen3", pytest.param("qwen3_5_text", marks=pytest.mark.long)])
+@pytest.mark.long  # in CI: tests/sampler/test_states.py
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_5_text"])
 def test_where_rows_are_given_away_their_tokens_are_read_again_and_nothing_else_changes(family, monkeypatch):
     plan = slot_sampler.turn_shape
     with jax.enable_x64():
