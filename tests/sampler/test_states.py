@@ -52,7 +52,7 @@ def make(overrides=()):
     ("overrides", "kinds"),
     [
         ((), ["alike"]),
-        pytest.param((), ["short"], marks=pytest.mark.long),
+        pytest.param((), ["short", "equal"], marks=pytest.mark.long),
         pytest.param(("mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2"), ["alike", "short"], marks=pytest.mark.long),
     ],
 )
@@ -67,7 +67,7 @@ def test_states_of_prompts_and_of_a_common_prefix_reach_the_slots(overrides, kin
     with jax.enable_x64(True):
         make_sampler, params, assert_drawn = make(overrides)
         how = SamplingParams(max_completion_length=24, eos_ids=(3, 4))
-        for prompts in ({"short": short, "alike": alike}[kind] for kind in kinds):
+        for prompts in ({"short": short, "alike": alike, "equal": [head[:73]] * 3}[kind] for kind in kinds):
             with contextlib.closing(make_sampler(slots=8)) as sampler:
                 groups = sampler.sample(params, prompts, 4, how, jax.random.key(1))
             drawn = [(prompt, c) for prompt, group in zip(prompts, groups, strict=True) for c in group]
