@@ -23,6 +23,8 @@ from rl.models.inputs import PADDING_GROUP, Inputs
 
 INT8_MAX = 127.0
 LABELS = ("positions", "group_ids", "branch_ids")  # in the order of `Inputs.labels`
+_POSITION_AXES = {"keys": 3, "values": 2, "key_scales": 2, "value_scales": 2}
+_POSITION_AXES |= {**dict.fromkeys(LABELS, 1), **dict.fromkeys(LayerState._fields)}
 
 
 class LayerKV(NamedTuple):
@@ -108,16 +110,16 @@ def empty_part(config: ModelConfig, num_rows: int, length: int, kv_dtype: str | 
 
     def state() -> LayerState:
         heads = (config.linear_num_value_heads, config.linear_key_head_dim, config.linear_value_head_dim)
-        conv = (num_rows, config.linear_conv_size - 1, config.linear_channels)
+        conv = (num_rows, config.linear_conv_kernel_dim - 1, config.linear_channels)
         return LayerState(jnp.zeros((num_rows, *heads), ops.widen(dtype)), jnp.zeros(conv, dtype))
 
     num_states = sum(config.layer_shape(i).is_recurrent for i in range(config.num_layers))
     return CachePart(
-        states=tuple(state() for _ in range(num_states)),
         layers=tuple(map(layer, cached_layers(config))),
         positions=jnp.zeros((num_rows, length), jnp.int32),
         group_ids=jnp.full((num_rows, length), PADDING_GROUP, jnp.int32),
         branch_ids=jnp.zeros((num_rows, length), jnp.int32),
+        states=tuple(state() for _ in range(num_states)),
     )
 
 
@@ -270,9 +272,7 @@ def empty_value(name: str) -> int:
 
 def position_axis(name: str) -> int | None:
     """The axis of cache positions in the arrays called `name`; None: they belong to whole rows."""
-    return {"keys": 3, "values": 2, "key_scales": 2, "value_scales": 2, **dict.fromkeys(LayerState._fields)}.get(
-        name, 1
-    )
+    return _POSITION_AXES[name]
 
 
 def named_arrays(part: CachePart) -> list[tuple[str, Any]]:
@@ -283,11 +283,11 @@ def named_arrays(part: CachePart) -> list[tuple[str, Any]]:
 
 def map_arrays(part: CachePart, function: Callable[[str, jax.Array], jax.Array]) -> CachePart:
     """The part with every array replaced by function(name, array), in the order of `named_arrays`."""
-    layers = tuple(
-        layer._replace(**{name: function(name, x) for name, x in layer._asdict().items() if x is not None})
-        for layer in part.layers
-    )
-    states = tuple(LayerState(*map(function, LayerState._fields, state)) for state in part.states)
+
+    def of_layer(layer: Any) -> Any:
+        return layer._replace(**{name: function(name, x) for name, x in layer._asdict().items() if x is not None})
+
+    layers, states = (tuple(map(of_layer, group)) for group in (part.layers, part.states))
     labels = {name: function(name, getattr(part, name)) for name in LABELS}
     return dataclasses.replace(part, layers=layers, states=states, **labels)
 

@@ -43,7 +43,7 @@ LARGEST_OF_STATES = {
     "linear_key_head_dim": 2**10,
     "linear_num_value_heads": 2**14,
     "linear_value_head_dim": 2**10,
-    "linear_conv_size": 64,
+    "linear_conv_kernel_dim": 64,
 }
 LARGEST_MODEL = 10**13  # parameters
 LAYER_SCALAR = "layer_scalar"  # the name of a parameter, which is not trained
@@ -220,7 +220,7 @@ class ModelConfig:
       per_layer_input_size: dims of the input of its own that each layer has; 0: none.
       per_layer_vocab_size: rows of the embedding table of these inputs.
       linear_num_key_heads, linear_key_head_dim, linear_num_value_heads, linear_value_head_dim: of layers with a state.
-      linear_conv_size: the tokens that the convolution of such a layer reads, its own among them.
+      linear_conv_kernel_dim: the tokens that the convolution of such a layer reads, its own among them.
     """
 
     family: str
@@ -272,7 +272,7 @@ class ModelConfig:
     linear_key_head_dim: int = 0
     linear_num_value_heads: int = 0
     linear_value_head_dim: int = 0
-    linear_conv_size: int = 0
+    linear_conv_kernel_dim: int = 0
 
     kind: ClassVar[str] = "decoder"
     has_own_kernel: ClassVar[bool] = False
@@ -413,14 +413,14 @@ class ModelConfig:
 
     def layer_shape(self, index: int) -> LayerShape:
         """The sizes of a layer."""
+        if self.layer_types[index] == LINEAR_ATTENTION:
+            sizes = self.linear_key_head_dim, self.linear_num_key_heads, self.intermediate_size
+            return LayerShape(*sizes, has_keys=False, has_values=False, is_recurrent=True)
         head_dim, kv_heads, is_global = self.head_dim, self.num_kv_heads, not has_window(self.layer_types[index])
         if is_global:
             head_dim = self.global_head_dim or head_dim
             kv_heads = self.num_global_kv_heads or kv_heads
         shares = self.kv_source(index) is not None
-        if self.layer_types[index] == LINEAR_ATTENTION:
-            sizes = self.linear_key_head_dim, self.linear_num_key_heads, self.intermediate_size
-            return LayerShape(*sizes, has_keys=False, has_values=False, is_recurrent=True)
         return LayerShape(
             head_dim,
             kv_heads,
@@ -440,6 +440,10 @@ class ModelConfig:
     def _is_read(self, index: int) -> bool:
         first, own = self._first_sharing, self.layer_types[index]
         return index < first and own in self.layer_types[first:] and own not in self.layer_types[index + 1 : first]
+
+    def query_outputs(self, shape: LayerShape) -> int:
+        """What q_proj gives for each head: the query and, where attention is gated, as many numbers of its gate."""
+        return 2 * shape.head_dim if self.features.gated_attention else shape.head_dim
 
     @property
     def is_recurrent(self) -> bool:
@@ -533,17 +537,16 @@ class ParameterSpec(NamedTuple):
     contract_dims: tuple[int, ...] = ()
 
 
-def alternating_layer_types(num_layers: int, pattern: int) -> tuple[str, ...]:
-    """Every `pattern`-th layer has full attention, the others a sliding window (Gemma 3: pattern 6)."""
+def alternating_layer_types(num_layers: int, pattern: int, others: str = SLIDING_ATTENTION) -> tuple[str, ...]:
+    """Every `pattern`-th layer has full attention, the others a sliding window (Gemma 3: pattern 6) or a state."""
     _check_positive("sliding_window_pattern", pattern)
-    return tuple(SLIDING_ATTENTION if (i + 1) % pattern else FULL_ATTENTION for i in range(num_layers))
+    return tuple(others if (i + 1) % pattern else FULL_ATTENTION for i in range(num_layers))
 
 
 def default_layer_types(features: Family, num_layers: int, sliding_window: int | None) -> tuple[str, ...]:
     """The layers of a model that names none: which have a window, and which have no rotary positions."""
     if features.has_states:
-        interval = features.state_interval
-        return tuple(FULL_ATTENTION if (i + 1) % interval == 0 else LINEAR_ATTENTION for i in range(num_layers))
+        return alternating_layer_types(num_layers, features.state_interval, LINEAR_ATTENTION)
     pattern = 1
     if sliding_window is not None:
         pattern = num_layers + 1 if features.window_everywhere else features.window_pattern or 1
@@ -689,8 +692,8 @@ def _attention_specs(config: ModelConfig, shape: LayerShape) -> dict[str, Any]:
     features, hidden, head_dim = config.features, config.hidden_size, shape.head_dim
     query, key = ("heads", "head_dim"), ("kv_heads", "head_dim")
     query_shape, key_shape = (config.num_heads, head_dim), (shape.num_kv_heads, head_dim)
-    with_gate = (config.num_heads, 2 * head_dim if features.gated_attention else head_dim)
-    attention = {"q_proj": _dense_spec((hidden,), ("embed",), with_gate, query, config.attention_bias)}
+    outputs = (config.num_heads, config.query_outputs(shape))
+    attention = {"q_proj": _dense_spec((hidden,), ("embed",), outputs, query, config.attention_bias)}
     for name, exists in (("k_proj", shape.has_keys), ("v_proj", shape.has_values)):
         if exists:
             attention[name] = _dense_spec((hidden,), ("embed",), key_shape, key, config.attention_bias)
@@ -705,7 +708,7 @@ def _attention_specs(config: ModelConfig, shape: LayerShape) -> dict[str, Any]:
 
 def _linear_attention_specs(config: ModelConfig) -> dict[str, Any]:
     """Of a layer with a state. All heads are cut like kv heads, so that what belongs together stays together."""
-    hidden, size = config.hidden_size, config.linear_conv_size
+    hidden, size = config.hidden_size, config.linear_conv_kernel_dim
     keys = (config.linear_num_key_heads, config.linear_key_head_dim)
     values = (config.linear_num_value_heads, config.linear_value_head_dim)
     heads, one = ("kv_heads", "head_dim"), (values[0],)
@@ -946,6 +949,8 @@ def _check_recurrent(config: ModelConfig) -> None:
         _check_positive(name, getattr(config, name))
         if getattr(config, name) > limit:
             raise ValueError(f"{name} must be at most {limit}, got {getattr(config, name)}")
+    if config.linear_conv_kernel_dim < 2:
+        raise ValueError("linear_conv_kernel_dim must be >= 2, a token and those before it, got 1")
     if config.linear_num_value_heads % config.linear_num_key_heads:
         raise ValueError(
             "linear_num_value_heads must be a multiple of linear_num_key_heads, got "

@@ -26,7 +26,7 @@ from flax import struct
 
 from rl.models.config import LINEAR_ATTENTION, ModelConfig
 from rl.models.inputs import PADDING_GROUP, Inputs
-from rl.models.ops import visible, widen
+from rl.models.ops import rms_norm, visible, widen
 
 CHUNK = 64
 _SMALL = 16  # the largest triangle that is inverted at once
@@ -84,7 +84,7 @@ def plain_context(config: ModelConfig, inputs: Inputs) -> dict[str, Any]:
     """{layer type: context} for tokens that see one another; {} for a model without states."""
     if not config.is_recurrent:
         return {}
-    _, groups_BT, branches_BT = inputs.labels
+    positions_BT, groups_BT, branches_BT = inputs.labels
     num_tokens = groups_BT.shape[1]
     is_live_BT = groups_BT != PADDING_GROUP
     places_T = jnp.arange(num_tokens, dtype=jnp.int32)
@@ -97,18 +97,20 @@ def plain_context(config: ModelConfig, inputs: Inputs) -> dict[str, Any]:
     follows_BT = _sees_one(inputs.labels, before) & is_live_BT
     parents_BT = jnp.where(follows_BT, places_T - 1, jnp.where(ends_BT == places_T, -1, ends_BT))
     ancestors = [parents_BT]
-    while len(ancestors) < config.linear_conv_size - 1:
+    while len(ancestors) < config.linear_conv_kernel_dim - 1:
         further_BT = jnp.take_along_axis(parents_BT, jnp.maximum(ancestors[-1], 0), axis=1)
         ancestors.append(jnp.where(ancestors[-1] < 0, -1, further_BT))
 
     chunk = min(CHUNK, num_tokens)
-    labels_BNC = tuple(_chunked(x, chunk, fill) for x, fill in zip(inputs.labels, (0, PADDING_GROUP, 0), strict=True))
+    positions_BNC = _chunked(positions_BT, chunk)
+    groups_BNC, branches_BNC = _chunked(groups_BT, chunk, PADDING_GROUP), _chunked(branches_BT, chunk)
+    labels_BNC = positions_BNC, groups_BNC, branches_BNC
     ends_BNC = _chunked(ends_BT, chunk, -1)
-    starts_N = jnp.arange(labels_BNC[0].shape[1], dtype=jnp.int32) * chunk
+    starts_N = jnp.arange(groups_BNC.shape[1], dtype=jnp.int32) * chunk
     before_BN = tuple(x[:, starts_N] for x in before)  # before[t] is the label of the token before t
-    from_last_BNC = _sees_one(labels_BNC, tuple(x[..., None] for x in before_BN)) & (labels_BNC[1] != PADDING_GROUP)
+    from_last_BNC = _sees_one(labels_BNC, tuple(x[..., None] for x in before_BN)) & (groups_BNC != PADDING_GROUP)
     from_prompt_BNC = ~from_last_BNC & (ends_BNC >= 0) & (ends_BNC < starts_N[:, None])
-    is_prompt_BNC = (labels_BNC[2] == 0) & (labels_BNC[1] != PADDING_GROUP)
+    is_prompt_BNC = (branches_BNC == 0) & (groups_BNC != PADDING_GROUP)
     newest_BN1 = jnp.max(jnp.where(is_prompt_BNC, jnp.arange(chunk), -1), axis=-1, keepdims=True)
     context = PathContext(
         is_live_BT=is_live_BT,
@@ -127,10 +129,11 @@ def cached_context(config: ModelConfig, inputs: Inputs) -> dict[str, Any]:
 
 
 def _sees_one(labels: tuple[jax.Array, ...], other: tuple[jax.Array, ...]) -> jax.Array:
-    """Whether tokens see the one beside them in `other`: the rule of `ops.visible`, element by element."""
-    (positions, groups, branches), (key_positions, key_groups, key_branches) = labels, other
-    is_readable = (key_branches == 0) | (key_branches == branches)
-    return (groups == key_groups) & is_readable & (positions >= key_positions)
+    """Whether tokens see the one beside them in `other`."""
+    (q_positions, q_groups, q_branches), (k_positions, k_groups, k_branches) = (
+        [x[..., None] for x in of_tokens] for of_tokens in (labels, other)
+    )
+    return visible(q_positions, q_groups, q_branches, k_positions, k_groups, k_branches)[..., 0, 0]
 
 
 def _chunked(x_BT: jax.Array, chunk: int, fill: int = 0) -> jax.Array:
@@ -144,7 +147,6 @@ def _chunked(x_BT: jax.Array, chunk: int, fill: int = 0) -> jax.Array:
 
 
 def mix(
-    config: ModelConfig,
     qkv: tuple[jax.Array, jax.Array, jax.Array],
     a_BTH: jax.Array,
     b_BTH: jax.Array,
@@ -168,13 +170,13 @@ def mix(
     shapes = [x.shape[2:] for x in qkv]
     flat = [x.reshape(*x.shape[:2], -1) for x in qkv]
     taps_XW = [x.reshape(-1, x.shape[-1]).astype(wide) for x in taps]
-    conv = None
+    after = None
     if before is None:
         assert context.ancestors_DBT is not None
         mixed = [_convolve_paths(x, w, context.ancestors_DBT) for x, w in zip(flat, taps_XW, strict=True)]
     else:
         window_BTX = jnp.concatenate([before.conv, jnp.concatenate(flat, axis=-1)], axis=1)
-        conv = _newest(window_BTX, context.is_live_BT, before.conv.shape[1])
+        after = LayerState(before.state, _newest(window_BTX, context.is_live_BT, before.conv.shape[1]))
         sizes = np.cumsum([x.shape[-1] for x in flat])[:-1].tolist()
         parts = jnp.split(window_BTX, sizes, axis=-1)
         mixed = [_convolve(x, w, a_BTH.shape[1]) for x, w in zip(parts, taps_XW, strict=True)]
@@ -185,17 +187,15 @@ def mix(
     g_BTH = jnp.where(is_live_BT1, decay_H * jax.nn.softplus(a_BTH.astype(wide) + gates.dt_bias.astype(wide)), 0)
     beta_BTH = jnp.where(is_live_BT1, jax.nn.sigmoid(b_BTH.astype(wide)), 0)
     out, state = gated_delta_rule(q, k, v, g_BTH, beta_BTH, context, None if before is None else before.state)
-    return out.astype(dtype), None if before is None else LayerState(state, conv)
+    return out.astype(dtype), None if after is None else after._replace(state=state)
 
 
-def gate_output(out_BTHV: jax.Array, z_BTHV: jax.Array, scale_V: jax.Array, eps: float) -> jax.Array:
+def gate_output(out_BTHV: jax.Array, z_BTHV: jax.Array, scale_V: jax.Array, config: ModelConfig) -> jax.Array:
     """out / rms(out) times scale times silu(z), in each head; z's dtype. As in transformers it is rounded before the
     gate.
     """
     wide = widen(z_BTHV.dtype)
-    x = out_BTHV.astype(wide)
-    x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
-    scaled = x.astype(z_BTHV.dtype) * scale_V.astype(z_BTHV.dtype)
+    scaled = rms_norm(out_BTHV, None, config) * scale_V.astype(z_BTHV.dtype)
     return (scaled.astype(wide) * jax.nn.silu(z_BTHV.astype(wide))).astype(z_BTHV.dtype)
 
 

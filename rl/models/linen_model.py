@@ -110,8 +110,8 @@ class Attention(nn.Module):
         hidden = (config.hidden_size,)
         queries = (config.num_heads, shape.head_dim)
         keys = (shape.num_kv_heads, shape.head_dim)
-        with_gate = (config.num_heads, 2 * shape.head_dim) if config.features.gated_attention else queries
-        self.q_proj = Projection(config, hidden, with_gate, config.attention_bias)
+        query_outputs = (config.num_heads, config.query_outputs(shape))
+        self.q_proj = Projection(config, hidden, query_outputs, config.attention_bias)
         if shape.has_keys:
             self.k_proj = Projection(config, hidden, keys, config.attention_bias)
         if shape.has_values:
@@ -155,7 +155,7 @@ class Convolution(nn.Module):
     heads: tuple[int, int]
 
     def setup(self) -> None:
-        self.taps = _parameter(self, TAPS, (*self.heads, self.config.linear_conv_size))
+        self.taps = _parameter(self, TAPS, (*self.heads, self.config.linear_conv_kernel_dim))
 
 
 class GatedNorm(nn.Module):
@@ -168,7 +168,7 @@ class GatedNorm(nn.Module):
         self.weight = _parameter(self, GATED_SCALE, (self.size,))
 
     def __call__(self, x: jax.Array, z: jax.Array) -> jax.Array:
-        return delta_rule.gate_output(x, z, self.weight, self.config.norm_eps)
+        return delta_rule.gate_output(x, z, self.weight, self.config)
 
 
 class LinearAttention(nn.Module):
@@ -198,9 +198,7 @@ class LinearAttention(nn.Module):
         qkv = self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD)
         taps = self.q_conv.taps, self.k_conv.taps, self.v_conv.taps
         gates = delta_rule.Gates(self.A_log, self.dt_bias)
-        mixed_BTHV, state = delta_rule.mix(
-            self.config, qkv, self.a_proj(x_BTD), self.b_proj(x_BTD), taps, gates, context, state
-        )
+        mixed_BTHV, state = delta_rule.mix(qkv, self.a_proj(x_BTD), self.b_proj(x_BTD), taps, gates, context, state)
         output_BTD = self.o_proj(self.norm(mixed_BTHV, self.z_proj(x_BTD)))
         return checkpoint_name(output_BTD, ops.ATTENTION_OUTPUT), state
 
@@ -299,8 +297,10 @@ class CausalLM(nn.Module):
 
     def hidden(self, inputs: Inputs) -> jax.Array:
         """Final hidden states [B, T, D] of tokens that attend to one another."""
-        contexts = ops.plain_contexts(self.config, inputs, self.attention_fn)
-        contexts = {**contexts, **delta_rule.plain_context(self.config, inputs)}
+        contexts = {
+            **ops.plain_contexts(self.config, inputs, self.attention_fn),
+            **delta_rule.plain_context(self.config, inputs),
+        }
         x_BTD = self.embed_tokens(inputs.tokens_BT)
         x_BTD = x_BTD if self.exchange_fn is None else self.exchange_fn(x_BTD)
         layer_inputs = self._layer_inputs(x_BTD, inputs.tokens_BT)

@@ -113,8 +113,8 @@ class Attention(nnx.Module):
         hidden = (config.hidden_size,)
         queries = (config.num_heads, shape.head_dim)
         keys = (shape.num_kv_heads, shape.head_dim)
-        with_gate = (config.num_heads, 2 * shape.head_dim) if config.features.gated_attention else queries
-        self.q_proj = Projection(config, hidden, with_gate, config.attention_bias, key, (*path, "q_proj"))
+        query_outputs = (config.num_heads, config.query_outputs(shape))
+        self.q_proj = Projection(config, hidden, query_outputs, config.attention_bias, key, (*path, "q_proj"))
         if shape.has_keys:
             self.k_proj = Projection(config, hidden, keys, config.attention_bias, key, (*path, "k_proj"))
         if shape.has_values:
@@ -155,7 +155,7 @@ class Convolution(nnx.Module):
     """The taps of a convolution over each channel of `heads` heads."""
 
     def __init__(self, config: ModelConfig, heads: tuple[int, int], key: jax.Array, path: Path) -> None:
-        self.taps = _parameter(config, key, (*path, TAPS), (*heads, config.linear_conv_size))
+        self.taps = _parameter(config, key, (*path, TAPS), (*heads, config.linear_conv_kernel_dim))
 
 
 class GatedNorm(nnx.Module):
@@ -166,7 +166,7 @@ class GatedNorm(nnx.Module):
         self.weight = _parameter(config, key, (*path, GATED_SCALE), (size,))
 
     def __call__(self, x: jax.Array, z: jax.Array) -> jax.Array:
-        return delta_rule.gate_output(x, z, self.weight[...], self.config.norm_eps)
+        return delta_rule.gate_output(x, z, self.weight[...], self.config)
 
 
 class LinearAttention(nnx.Module):
@@ -179,13 +179,16 @@ class LinearAttention(nnx.Module):
         self.config, hidden = config, (config.hidden_size,)
         keys = (config.linear_num_key_heads, config.linear_key_head_dim)
         values = (config.linear_num_value_heads, config.linear_value_head_dim)
-        outputs = {"q_proj": keys, "k_proj": keys, "v_proj": values, "z_proj": values}
-        outputs |= {"b_proj": values[:1], "a_proj": values[:1]}
-        for name, shape in outputs.items():
-            setattr(self, name, Projection(config, hidden, shape, False, key, (*path, name)))
+        self.q_proj = Projection(config, hidden, keys, False, key, (*path, "q_proj"))
+        self.k_proj = Projection(config, hidden, keys, False, key, (*path, "k_proj"))
+        self.v_proj = Projection(config, hidden, values, False, key, (*path, "v_proj"))
+        self.z_proj = Projection(config, hidden, values, False, key, (*path, "z_proj"))
+        self.b_proj = Projection(config, hidden, values[:1], False, key, (*path, "b_proj"))
+        self.a_proj = Projection(config, hidden, values[:1], False, key, (*path, "a_proj"))
         self.o_proj = Projection(config, values, hidden, False, key, (*path, "o_proj"))
-        for name, heads in (("q_conv", keys), ("k_conv", keys), ("v_conv", values)):
-            setattr(self, name, Convolution(config, heads, key, (*path, name)))
+        self.q_conv = Convolution(config, keys, key, (*path, "q_conv"))
+        self.k_conv = Convolution(config, keys, key, (*path, "k_conv"))
+        self.v_conv = Convolution(config, values, key, (*path, "v_conv"))
         self.A_log = _parameter(config, key, (*path, A_LOG), values[:1])
         self.dt_bias = _parameter(config, key, (*path, DT_BIAS), values[:1])
         self.norm = GatedNorm(config, values[1], key, (*path, "norm"))
@@ -196,9 +199,7 @@ class LinearAttention(nnx.Module):
         qkv = self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD)
         taps = self.q_conv.taps[...], self.k_conv.taps[...], self.v_conv.taps[...]
         gates = delta_rule.Gates(self.A_log[...], self.dt_bias[...])
-        mixed_BTHV, state = delta_rule.mix(
-            self.config, qkv, self.a_proj(x_BTD), self.b_proj(x_BTD), taps, gates, context, state
-        )
+        mixed_BTHV, state = delta_rule.mix(qkv, self.a_proj(x_BTD), self.b_proj(x_BTD), taps, gates, context, state)
         output_BTD = self.o_proj(self.norm(mixed_BTHV, self.z_proj(x_BTD)))
         return checkpoint_name(output_BTD, ops.ATTENTION_OUTPUT), state
 
@@ -298,8 +299,10 @@ class CausalLM(nnx.Module):
 
     def hidden(self, inputs: Inputs) -> jax.Array:
         """Final hidden states [B, T, D] of tokens that attend to one another."""
-        contexts = ops.plain_contexts(self.config, inputs, self.attention_fn)
-        contexts = {**contexts, **delta_rule.plain_context(self.config, inputs)}
+        contexts = {
+            **ops.plain_contexts(self.config, inputs, self.attention_fn),
+            **delta_rule.plain_context(self.config, inputs),
+        }
         x_BTD = self.embed_tokens(inputs.tokens_BT)
         x_BTD = x_BTD if self.exchange_fn is None else self.exchange_fn(x_BTD)
         layer_inputs = self._layer_inputs(x_BTD, inputs.tokens_BT)

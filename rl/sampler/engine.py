@@ -29,14 +29,12 @@ from rl.models.cache import (
     LABELS,
     CachePart,
     LayerKV,
-    cached_layers,
     empty_part,
     map_arrays,
     named_arrays,
     pad_positions,
     position_axis,
 )
-from rl.models.delta_rule import LayerState
 from rl.models.inputs import Inputs, check_segments
 from rl.models.ops import take_in_shards
 from rl.models.policy import Params, Policy
@@ -682,19 +680,13 @@ class Engine:
         heads = NamedSharding(mesh, heads)
         arrays = {**dict.fromkeys(LayerKV._fields, heads), **dict.fromkeys(LABELS, self._rows)}
         if config.is_recurrent:
-            states = ("batch", "kv_heads"), (self.num_shards, config.linear_num_value_heads)
-            of_states = LayerState(state=NamedSharding(mesh, partition_spec(*states, mesh, rules)), conv=self._rows)  # pyright: ignore[reportArgumentType]
-            arrays |= of_states._asdict()
+            heads = partition_spec(("batch", "kv_heads"), (self.num_shards, config.linear_num_value_heads), mesh, rules)
+            arrays |= {"state": NamedSharding(mesh, heads), "conv": self._rows}
         return arrays
 
     def _shard_part(self) -> Any:
-        scales = self._array_shardings["key_scales"] if self._kv_dtype else None
-        layer = LayerKV(self._array_shardings["keys"], self._array_shardings["values"], scales, scales)  # pyright: ignore[reportArgumentType]
-        labels = (self._array_shardings["positions"],) * 3
-        config = self.policy.config
-        num_states = sum(config.layer_shape(i).is_recurrent for i in range(config.num_layers))
-        states = (LayerState(*map(self._array_shardings.get, LayerState._fields)),) * num_states  # pyright: ignore[reportArgumentType]
-        return CachePart((layer,) * len(cached_layers(config)), *labels, states=states)  # pyright: ignore[reportArgumentType]
+        shardings: Any = self._array_shardings
+        return map_arrays(self._abstract_part(self.num_shards, 1), lambda name, _: shardings[name])
 
     def _abstract_part(self, num_rows: int, length: int) -> Any:
         return jax.eval_shape(partial(empty_part, self.policy.config, num_rows, length, self._kv_dtype))

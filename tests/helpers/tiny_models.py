@@ -31,7 +31,7 @@ def tiny_config(family="llama", **changes):
     }
     if family == "qwen3_5_text":
         heads = {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
-        arch |= heads | {"linear_key_head_dim": 4, "linear_value_head_dim": 6, "linear_conv_size": 4}
+        arch |= heads | {"linear_key_head_dim": 4, "linear_value_head_dim": 6, "linear_conv_kernel_dim": 4}
         arch |= {"layer_types": ("linear_attention", "full_attention")}
     return ModelConfig.from_arch(**(arch | changes))
 

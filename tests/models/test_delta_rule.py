@@ -1,5 +1,7 @@
 """Layers with a state: chunks over packed rows against one token after the other, and a cache against whole rows."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,7 +26,7 @@ CONFIG = ModelConfig.from_arch(
     linear_key_head_dim=3,
     linear_num_value_heads=4,
     linear_value_head_dim=5,
-    linear_conv_size=4,
+    linear_conv_kernel_dim=4,
     dtype="float64",
     param_dtype="float64",
 )
@@ -112,6 +114,11 @@ def test_chunks_of_a_packed_row_give_values_and_gradients_of_one_token_after_the
     for found, wanted in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-11 * max(1, np.max(np.abs(wanted))))
     assert all(np.any(leaf) for leaf in jax.tree.leaves(want))
+
+
+def test_a_convolution_over_one_token_is_refused():
+    with pytest.raises(ValueError, match="linear_conv_kernel_dim must be >= 2"):
+        dataclasses.replace(CONFIG, linear_conv_kernel_dim=1)
 
 
 def test_taps_follow_the_path():

@@ -59,7 +59,7 @@ _UNREAD = {
         r"(model\.)?(visual|vision_tower|vision_model|vision_encoder|multi_modal_projector|embed_vision|patch_merger)\..+"
     ),
     "audio": r"(model\.)?(audio_tower|embed_audio)\..+",
-    "the prediction of several tokens": r"(model\.)?mtp\b.+",
+    "the prediction of several tokens": r"(model\.)?mtp\..+",
 }
 # How multimodal files begin the names of their text model: the newer and the older form.
 _TEXT_PREFIXES = {"model.language_model.": "model.", "language_model.": ""}

@@ -63,10 +63,6 @@ _ONLY_AT = {
     "embd_pdrop": (0, 0.0),
 }
 
-# {key of config.json: attribute of `ModelConfig`}
-_STATE_SIZES = {name: name for name in LARGEST_OF_STATES if name != "linear_conv_size"}
-_STATE_SIZES |= {"linear_conv_kernel_dim": "linear_conv_size"}
-
 ACTIVATION_NAMES = {
     "silu": "silu",
     "swish": "silu",
@@ -191,7 +187,7 @@ def config_json(config: ModelConfig, dtype: str) -> dict[str, Any]:
         "num_kv_shared_layers": config.num_kv_shared_layers,
         "use_double_wide_mlp": config.double_wide_mlp,
         "hidden_size_per_layer_input": config.per_layer_input_size,
-        **{key: getattr(config, name) for key, name in _STATE_SIZES.items()},
+        **{name: getattr(config, name) for name in LARGEST_OF_STATES},
     }
     if config.per_layer_input_size:
         of_family["vocab_size_per_layer_input"] = config.per_layer_vocab_size
@@ -304,7 +300,7 @@ def _of_features(raw: Fields, fields: Fields, features: Family) -> dict[str, Any
     """What few families have, under the names of `ModelConfig`."""
     found: dict[str, Any] = {"attention_multiplier": features.attention_multiplier}
     if features.has_states:
-        found |= {name: fields.whole(key, 1, LARGEST_OF_STATES[name]) for key, name in _STATE_SIZES.items()}
+        found |= {name: fields.whole(name, 1, largest) for name, largest in LARGEST_OF_STATES.items()}
     if features.has_multipliers:
         names = ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling")
         numbers = {name: fields.number(name, 0, _LARGEST_NUMBER) for name in names}
@@ -459,7 +455,7 @@ def _layer_types(fields: Fields, family: str, num_layers: int) -> tuple[str, ...
             raise ValueError(f"layer_types entry must be one of {', '.join(known)}, got {unknown[0]!r}")
     elif features.has_states:
         interval = fields.whole("full_attention_interval", 1, LARGEST["num_layers"], features.state_interval)
-        layer_types = tuple(FULL_ATTENTION if (i + 1) % interval == 0 else LINEAR_ATTENTION for i in range(num_layers))
+        layer_types = alternating_layer_types(num_layers, interval, LINEAR_ATTENTION)
     elif features.window_pattern is not None:
         layer_types = _from_pattern(fields, features, num_layers, window)
     else:
@@ -669,7 +665,8 @@ def _rope_json(config: ModelConfig) -> dict[str, Any]:
     """Theta and scaling in the older form, or by type of layer where transformers' class reads no other."""
     if config.features.rope_of_images:
         pairs = config.rotary_dim // 2
-        time, height = math.ceil(pairs / 3), math.ceil((pairs - math.ceil(pairs / 3)) / 2)
+        time = math.ceil(pairs / 3)
+        height = math.ceil((pairs - time) / 2)
         parameters = _rope_scaling_json(config.rope_scaling) or {"rope_type": "default"}
         parameters |= {"rope_theta": config.rope_theta, "partial_rotary_factor": config.rotary_dim / config.head_dim}
         # In a text all three positions of a token are the same, so that any division of the pairs gives the same.
